@@ -1,0 +1,5 @@
+"""``python -m nblib``."""
+
+from nblib.cli import main
+
+main()

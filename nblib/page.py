@@ -1,0 +1,170 @@
+"""What a page of the book uses: its profile, its budget, its checks, its record, its source listings."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from nblib.errors import CheckFailed, DataError, unknown
+
+__all__ = ["PROFILES", "budget", "check", "check_bound", "check_mc", "profile", "record", "show"]
+
+PROFILES = ("smoke", "cpu", "gpu")
+T = TypeVar("T")
+_state: dict[str, Any] = {"profile": None, "checks": [], "values": {}, "seen": time.perf_counter()}
+
+
+def profile(name: str | None = None) -> str:
+    """Resolve and remember the profile: the given name, else ``$NBLIB_PROFILE``, else ``"cpu"``.
+
+    Raises:
+        DataError: unknown profile.
+    """
+    name = name or _state["profile"] or os.environ.get("NBLIB_PROFILE") or "cpu"
+    if name not in PROFILES:
+        raise DataError(unknown("profile", name, PROFILES))
+    _state["profile"] = name
+    return name
+
+
+def budget(*, smoke: T, cpu: T, gpu: T) -> T:
+    """The value that belongs to the current profile."""
+    return {"smoke": smoke, "cpu": cpu, "gpu": gpu}[profile()]
+
+
+# --- claims and checks -------------------------------------------------------------------------------------
+
+
+def _log(label: str, kind: str, measured: float, tolerance: float) -> None:
+    now = time.perf_counter()
+    entry = {
+        "label": label,
+        "kind": kind,
+        "measured": measured,
+        "tolerance": tolerance,
+        "seconds": now - _state["seen"],
+    }
+    _state["checks"].append(entry)
+    _state["seen"] = now
+    _write()
+
+
+def _write() -> None:
+    """The record of this page, where the executor asked for one."""
+    target = os.environ.get("NBLIB_RECORD")
+    if target:
+        content = {"profile": profile(), "checks": _state["checks"], "values": _state["values"]}
+        aside = Path(f"{target}.tmp")
+        aside.write_text(json.dumps(content, indent=1))
+        aside.replace(target)
+
+
+def _brief(value: Tensor) -> str:
+    flat = [f"{v:.6g}" for v in value.flatten()[:4].tolist()]
+    return flat[0] if value.ndim == 0 else f"[{', '.join(flat)}{', ...' if value.numel() > 4 else ''}]"
+
+
+def check(label: str, got: Any, expected: Any, *, atol: float = 1e-6, rtol: float = 0.0) -> None:
+    """Claim ``label`` of the book says that two things are equal: compare them, say so, record the difference.
+
+    Args:
+        label: of a theorem, equation or figure of the book.
+        got, expected: numbers, arrays or tensors of broadcastable shapes.
+        atol, rtol: the largest allowed difference is ``atol + rtol * max|expected|``.
+
+    Raises:
+        CheckFailed: with both values, the difference and the tolerance.
+    """
+    a, b = torch.as_tensor(got).detach().double().cpu(), torch.as_tensor(expected).detach().double().cpu()
+    tolerance = atol + rtol * float(b.abs().max())
+    difference = float((a - b).abs().max())
+    if not difference <= tolerance:
+        raise CheckFailed(f"{label}: got {_brief(a)}, expected {_brief(b)}: |Δ| = {difference:.3g} > {tolerance:.3g}.")
+    _log(label, "equal", difference, tolerance)
+    print(f"✓ {label}  |Δ| ≤ {tolerance:.0e}")
+
+
+def check_mc(label: str, samples: Any, expected: Any, *, z: float = 4.0) -> None:
+    """Claim ``label`` says that samples have this expectation: compare their mean within ``z`` standard errors.
+
+    Args:
+        samples: ``(n, ...)``, independent along the first axis. expected: broadcastable to the mean.
+
+    Raises:
+        CheckFailed: the mean is further away than ``z`` standard errors (in any component).
+    """
+    s = torch.as_tensor(samples).detach().double().cpu()
+    e = torch.as_tensor(expected).detach().double().cpu()
+    if len(s) < 2:
+        raise DataError(f"{label}: check_mc needs at least 2 samples, got {len(s)}.")
+    error = s.std(0) / math.sqrt(len(s))
+    # A component without spread must agree to rounding.
+    scores = (s.mean(0) - e).abs() / torch.maximum(error, 1e-12 * (1 + e.abs()))
+    worst = float(scores.max())
+    if not worst <= z:
+        raise CheckFailed(
+            f"{label}: mean {_brief(s.mean(0))} ± {_brief(error)} over {len(s):,} samples, expected {_brief(e)}:"
+            f" {worst:.1f} standard errors > {z:g}."
+        )
+    _log(label, "mean", worst, z)
+    print(f"✓ {label}  mean of {len(s):,} samples within {z:g} standard errors")
+
+
+def check_bound(label: str, lower: Any, upper: Any, *, slack: float = 0.0) -> None:
+    """Claim ``label`` says ``lower <= upper`` in every component, up to ``slack``.
+
+    Raises:
+        CheckFailed: with the largest violation.
+    """
+    a, b = torch.as_tensor(lower).detach().double().cpu(), torch.as_tensor(upper).detach().double().cpu()
+    worst = float((a - b).max())
+    if not worst <= slack:
+        raise CheckFailed(f"{label}: {_brief(a)} ≤ {_brief(b)} is violated by {worst:.3g} > {slack:.3g}.")
+    _log(label, "bound", worst, slack)
+    print(f"✓ {label}  lower ≤ upper" + (f" + {slack:.0e}" if slack else ""))
+
+
+def record(**values: float | int | str) -> None:
+    """Note numbers of this run under a name; the prose of the page quotes them from the record."""
+    for name, value in values.items():
+        _state["values"][name] = value if isinstance(value, str) else float(value)
+    _write()
+
+
+# --- the page's code is the package's code --------------------------------------------------------------------
+
+
+class Source:
+    """The source of a function or class, shown as a code block wherever Markdown or plain text is shown."""
+
+    def __init__(self, thing: Callable[..., Any] | type, *, docstring: bool = True) -> None:
+        self.name = f"{thing.__module__}.{thing.__qualname__}"
+        text = inspect.cleandoc("\n" + inspect.getsource(thing))
+        doc = inspect.getdoc(thing)
+        if not docstring and doc:
+            start = text.index('"""') if '"""' in text else -1
+            if start >= 0:
+                end = text.index('"""', start + 3) + 3
+                start = max(start - 1, 0) if text[start - 1 : start] == "r" else start
+                text = text[:start].rstrip() + text[end:]
+        self.text = text.rstrip() + "\n"
+
+    def __repr__(self) -> str:
+        return f"# {self.name}\n{self.text}"
+
+    def _repr_markdown_(self) -> str:
+        return f"```python\n# {self.name}\n{self.text}```"
+
+
+def show(thing: Callable[..., Any] | type, *, docstring: bool = False) -> Source:
+    """The source of ``thing`` as it is in the package, for display: page and package cannot differ."""
+    return Source(thing, docstring=docstring)
