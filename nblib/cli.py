@@ -31,15 +31,14 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     style = argparse.RawDescriptionHelpFormatter
-    parser = _Parser(
-        prog="python -m nblib", description="Train, sample and inspect.", epilog=EXAMPLES, formatter_class=style
-    )
+    about = "Train, sample and inspect."
+    parser = _Parser(prog="python -m nblib", description=about, epilog=EXAMPLES, formatter_class=style)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
 
     commands.add_parser("list", help="the recipes and the trained models")
 
-    train = commands.add_parser("train", help="train a recipe; writes weights and a card", formatter_class=style,
-                                description="Train a recipe. A stopped run goes on when the same line is run again.")  # fmt: skip
+    about = "Train a recipe. A stopped run goes on when the same line is run again."
+    train = commands.add_parser("train", help="train a recipe; writes weights and a card", description=about)
     train.add_argument("recipe", metavar="RECIPE", help="see: python -m nblib list")
     train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings",
                        help="replace a setting; may be given several times; --set help lists them")  # fmt: skip
