@@ -21,12 +21,13 @@ _NAMES = {
     "profile": "page",
     "record": "page",
     "show": "page",
+    "table": "page",
 }
 __all__ = [*_MODULES, *_NAMES, "__version__"]
 
 if TYPE_CHECKING:
     from nblib import cli, data, errors, nets, page, probability, recipes, train, vae, viz, zoo
-    from nblib.page import budget, check, check_bound, check_mc, profile, record, show
+    from nblib.page import budget, check, check_bound, check_mc, profile, record, show, table
     from nblib.train import History, fit
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,9 +25,9 @@ EXAMPLES = """examples:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        if "invalid choice" in message and len(sys.argv) > 1:
-            message = unknown("command", sys.argv[1], COMMANDS)
-        self.exit(2, f"{self.prog}: {message}\nTry {self.prog} --help.\n")
+        if choice := re.search(r"invalid choice: '(.*?)'", message):
+            message = unknown("command", choice[1], COMMANDS)
+        self.exit(2, f"{self.prog}: {message.rstrip('.')}. Try {self.prog} --help.\n")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -107,6 +108,11 @@ def _train(args: argparse.Namespace) -> None:
     print(f"weights: {out.with_suffix('.safetensors')}  card: {out.with_suffix('.json')}")
 
 
+def _check_png(out: Path) -> None:
+    if out.suffix.lower() != ".png":
+        raise DataError(f"--out is a picture and must end in .png, got {str(out)!r}.")
+
+
 def _picture(images: object, out: Path) -> None:
     import matplotlib as mpl
 
@@ -128,6 +134,7 @@ def _sample(args: argparse.Namespace) -> None:
 
     if args.n < 1:
         raise DataError(f"--n must be at least 1, got {args.n}.")
+    _check_png(args.out)
     model = zoo.load(args.name)
     _picture(model.sample(args.n, generator=torch.Generator().manual_seed(args.seed)), args.out)  # type: ignore[operator]
 
@@ -135,6 +142,8 @@ def _sample(args: argparse.Namespace) -> None:
 def _data(args: argparse.Namespace) -> None:
     from nblib.data import load
 
+    if args.out:
+        _check_png(args.out)
     train = load(args.name, part=args.part)
     load(args.name, "test", part=args.part)
     print("classes:", ", ".join(train.classes))

@@ -31,6 +31,7 @@ class CheckFailed(NblibError, AssertionError):
 def unknown(kind: str, name: object, known: Iterable[str]) -> str:
     """The message for a name that does not exist, with the nearest one that does."""
     known = list(known)
-    near = difflib.get_close_matches(str(name), known, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    lower = {k.lower(): k for k in known}
+    near = difflib.get_close_matches(str(name).lower(), lower, n=1)
+    hint = f" Did you mean {lower[near[0]]!r}?" if near else ""
     return f"Unknown {kind} {name!r}.{hint} Known: {', '.join(map(repr, known))}."

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from nblib.errors import CheckFailed, DataError, unknown
 
-__all__ = ["PROFILES", "budget", "check", "check_bound", "check_mc", "profile", "record", "show"]
+__all__ = ["PROFILES", "budget", "check", "check_bound", "check_mc", "profile", "record", "show", "table"]
 
 PROFILES = ("smoke", "cpu", "gpu")
 T = TypeVar("T")
@@ -73,6 +74,11 @@ def _brief(value: Tensor) -> str:
     return flat[0] if value.ndim == 0 else f"[{', '.join(flat)}{', ...' if value.numel() > 4 else ''}]"
 
 
+def _double(value: Any) -> Tensor:
+    """In float64 on the CPU; a Python number does not pass through float32."""
+    return value.detach().cpu().double() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+
+
 def check(label: str, got: Any, expected: Any, *, atol: float = 1e-6, rtol: float = 0.0) -> None:
     """Claim ``label`` of the book says that two things are equal: compare them, say so, record the difference.
 
@@ -84,10 +90,10 @@ def check(label: str, got: Any, expected: Any, *, atol: float = 1e-6, rtol: floa
     Raises:
         CheckFailed: with both values, the difference and the tolerance.
     """
-    a, b = torch.as_tensor(got).detach().double().cpu(), torch.as_tensor(expected).detach().double().cpu()
+    a, b = _double(got), _double(expected)
     tolerance = atol + rtol * float(b.abs().max())
     difference = float((a - b).abs().max())
-    if not difference <= tolerance:
+    if not difference <= tolerance < math.inf:
         raise CheckFailed(f"{label}: got {_brief(a)}, expected {_brief(b)}: |Δ| = {difference:.3g} > {tolerance:.3g}.")
     _log(label, "equal", difference, tolerance)
     print(f"✓ {label}  |Δ| ≤ {tolerance:.0e}")
@@ -102,8 +108,7 @@ def check_mc(label: str, samples: Any, expected: Any, *, z: float = 4.0) -> None
     Raises:
         CheckFailed: the mean is further away than ``z`` standard errors (in any component).
     """
-    s = torch.as_tensor(samples).detach().double().cpu()
-    e = torch.as_tensor(expected).detach().double().cpu()
+    s, e = _double(samples), _double(expected)
     if len(s) < 2:
         raise DataError(f"{label}: check_mc needs at least 2 samples, got {len(s)}.")
     error = s.std(0) / math.sqrt(len(s))
@@ -125,7 +130,7 @@ def check_bound(label: str, lower: Any, upper: Any, *, slack: float = 0.0) -> No
     Raises:
         CheckFailed: with the largest violation.
     """
-    a, b = torch.as_tensor(lower).detach().double().cpu(), torch.as_tensor(upper).detach().double().cpu()
+    a, b = _double(lower), _double(upper)
     worst = float((a - b).max())
     if not worst <= slack:
         raise CheckFailed(f"{label}: {_brief(a)} ≤ {_brief(b)} is violated by {worst:.3g} > {slack:.3g}.")
@@ -143,19 +148,24 @@ def record(**values: float | int | str) -> None:
 # --- the page's code is the package's code --------------------------------------------------------------------
 
 
+def _without_docstring(text: str) -> str:
+    """The source of a function or class without its own docstring, where there is one above other code."""
+    node = ast.parse(text).body[0]
+    assert isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+    if ast.get_docstring(node) is None or len(node.body) == 1:
+        return text
+    doc, lines = node.body[0], text.splitlines()
+    return "\n".join(lines[: doc.lineno - 1] + lines[doc.end_lineno :])
+
+
 class Source:
     """The source of a function or class, shown as a code block wherever Markdown or plain text is shown."""
 
     def __init__(self, thing: Callable[..., Any] | type, *, docstring: bool = True) -> None:
         self.name = f"{thing.__module__}.{thing.__qualname__}"
         text = inspect.cleandoc("\n" + inspect.getsource(thing))
-        doc = inspect.getdoc(thing)
-        if not docstring and doc:
-            start = text.index('"""') if '"""' in text else -1
-            if start >= 0:
-                end = text.index('"""', start + 3) + 3
-                start = max(start - 1, 0) if text[start - 1 : start] == "r" else start
-                text = text[:start].rstrip() + text[end:]
+        if not docstring:
+            text = _without_docstring(text)
         self.text = text.rstrip() + "\n"
 
     def __repr__(self) -> str:
@@ -168,3 +178,29 @@ class Source:
 def show(thing: Callable[..., Any] | type, *, docstring: bool = False) -> Source:
     """The source of ``thing`` as it is in the package, for display: page and package cannot differ."""
     return Source(thing, docstring=docstring)
+
+
+class Table:
+    """A small table, shown as Markdown on a page and as aligned text elsewhere."""
+
+    def __init__(self, header: Sequence[Any], rows: Sequence[Sequence[Any]]) -> None:
+        if any(len(row) != len(header) for row in rows):
+            raise DataError(f"Every row needs {len(header)} cells, got rows of {sorted({len(row) for row in rows})}.")
+        self.lines = [[str(cell) for cell in row] for row in (header, *rows)]
+
+    def __repr__(self) -> str:
+        widths = [max(map(len, column)) for column in zip(*self.lines)]
+        return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths)).rstrip() for line in self.lines)
+
+    def _repr_markdown_(self) -> str:
+        head, *body = ("| " + " | ".join(line) + " |" for line in self.lines)
+        return "\n".join([head, "|" + " --- |" * len(self.lines[0]), *body])
+
+
+def table(header: Sequence[Any], rows: Sequence[Sequence[Any]]) -> Table:
+    """``rows`` under ``header`` as a table; cells are shown as ``str`` shows them.
+
+    Raises:
+        DataError: a row has another number of cells than the header.
+    """
+    return Table(header, rows)

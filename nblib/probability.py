@@ -223,7 +223,8 @@ def gumbel_softmax(
     if not hard:
         return soft
     one_hot = F.one_hot(soft.argmax(-1), logits.shape[-1]).to(soft)
-    return one_hot + soft - soft.detach()
+    # In this order: (1 + s) - s need not be 1 in floating point.
+    return one_hot + (soft - soft.detach())
 
 
 # --- units -----------------------------------------------------------------------------------------------
@@ -251,8 +252,9 @@ def dequantize(x: Tensor, levels: int = 256, *, generator: torch.Generator | Non
     if int(x.max()) >= levels or int(x.min()) < 0:
         raise DataError(f"dequantize takes integers in 0..{levels - 1}, got {int(x.min())}..{int(x.max())}.")
     noise = torch.rand(x.shape, generator=generator, device=x.device)
-    # In float32, 255 + u can round up to 256: keep y below one.
-    y = ((x + noise) / levels).clamp_max(1 - 2.0**-24)
+    # In float32, 254 + u can round up to 255: keep u a few spacings away from 0 and 1, so that floor is exact.
+    margin = levels * 2.0**-22
+    y = (x + noise.clamp(margin, 1 - margin)) / levels
     return y, -x[0].numel() * math.log(levels)
 
 

@@ -42,7 +42,7 @@ class Recipe:
         """
         if profile not in PROFILES:
             raise DataError(unknown("profile", profile, PROFILES))
-        settings = {**self.settings, "epochs": self.epochs[profile]}
+        settings = {**self.settings, "epochs": float(self.epochs[profile])}
         for name, value in (overrides or {}).items():
             if name not in settings:
                 raise DataError(unknown(f"parameter of {self.name}", name, settings))
@@ -71,8 +71,11 @@ def _like(name: str, value: Any, default: Any) -> Any:
             return tuple(int(v) for v in (str(value).split(",") if isinstance(value, str) else value))
         if default is None:
             return None if str(value).lower() == "none" else float(value)
-        return type(default)(value)
-    except ValueError:
+        typed = type(default)(value)
+        if isinstance(default, int) and typed != float(value):
+            raise ValueError
+        return typed
+    except (TypeError, ValueError):
         kind = "a number" if default is None else f"of type {type(default).__name__}"
         raise DataError(f"{name} must be {kind}, like its default {default!r}; got {value!r}.") from None
 

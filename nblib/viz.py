@@ -94,8 +94,10 @@ def image_grid(
     Args:
         labels: one per row, written at the left.
     """
-    if images.ndim != 4 or images.shape[1] not in (1, 3):
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images):
         raise DataError(f"image_grid needs images of shape (N, 1 or 3, H, W), got {tuple(images.shape)}.")
+    if columns < 1:
+        raise DataError(f"image_grid needs at least one column, got {columns}.")
     x = _array(images.float().clamp(0, 1))
     n, c, h, w = x.shape
     rows = math.ceil(n / columns)
@@ -261,7 +263,7 @@ class Slider:
             text=html.escape(self.texts[self.start], quote=True),
             width=max(width, 320),
             frames=json.dumps(urls),
-            texts=json.dumps(self.texts),
+            texts=json.dumps(self.texts).replace("</", "<\\/"),  # "</script>" would end the script
             interval=self.interval,
         )
 
@@ -289,6 +291,8 @@ def slider(
     values = list(values)
     if not 2 <= len(values) <= 60:
         raise DataError(f"slider needs 2 to 60 values, got {len(values)}.")
+    if not 0 <= start < len(values):
+        raise DataError(f"slider starts at one of its {len(values)} values, 0 to {len(values) - 1}, got {start}.")
     frames = []
     with plt.rc_context(STYLE):
         for value in values:

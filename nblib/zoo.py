@@ -100,7 +100,7 @@ def train(
         torch.manual_seed(seed)
         model = recipe.model(settings, data)
     checkpoint = Path(out).with_suffix(".resume") if out else None
-    every = 10 * round(len(data) / settings["batch_size"])
+    every = 10 * max(1, len(data) // max(1, settings["batch_size"]))
     history = fit(
         model,
         data,

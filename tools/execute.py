@@ -46,7 +46,6 @@ def environment(record: Path | None = None) -> dict[str, str]:
         "MKL_NUM_THREADS": "1",
         "IPYTHONDIR": str(quiet),
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",
-        "PYTHONWARNINGS": "default",
     }
     env.pop("NBLIB_PROFILE", None)
     if record is not None:

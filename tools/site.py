@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -17,7 +18,7 @@ from typing import Any
 
 import nbformat
 
-from tools import book
+from tools import book, vendor
 
 VALUE = re.compile(r"\{nbval\}`([A-Za-z_]\w*)(?::([^`]*))?`")
 
@@ -68,6 +69,7 @@ def stage(profile: str, folder: Path, allow_unexecuted: bool) -> None:
     folder.mkdir(parents=True)
     for name in ("_config.yml", "_toc.yml", "index.md"):
         shutil.copy(book.ROOT / name, folder)
+    shutil.copytree(book.ROOT / "tools" / "sphinx_ext", folder / "_ext")
     shutil.copytree(book.ROOT / "book", folder / "book", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
     for chapter in book.notebooks():
         if book.executed(chapter, profile).is_file() and book.record(chapter, profile).is_file():
@@ -91,7 +93,10 @@ def main() -> None:
     folder = book.BUILD / "stage" / args.profile
     stage(args.profile, folder, args.allow_unexecuted)
     command = [Path(sys.executable).parent / "jupyter-book", "build", "-q", "-W", "-n", "--keep-going", "--all", folder]
-    built = subprocess.run(list(map(str, command)), cwd=book.ROOT, capture_output=True, text=True)
+    folders = {"NBLIB_VENDOR": str(found)} if (found := vendor.fetch()) else {}
+    built = subprocess.run(
+        list(map(str, command)), cwd=book.ROOT, env={**os.environ, **folders}, capture_output=True, text=True
+    )
     if built.returncode:
         sys.exit(f"The site did not build:\n{built.stdout[-6000:]}\n{built.stderr[-6000:]}")
     shutil.rmtree(args.out, ignore_errors=True)

@@ -181,25 +181,29 @@ class LinearGaussian:
 
 def _ring(k: int, radius: float, std: float) -> GaussianMixture:
     angle = torch.arange(k, dtype=torch.float64) * (2 * math.pi / k)
-    return GaussianMixture(radius * torch.stack([angle.cos(), angle.sin()], -1), torch.full((k,), std))
+    return GaussianMixture(
+        radius * torch.stack([angle.cos(), angle.sin()], -1), torch.full((k,), std, dtype=torch.float64)
+    )
 
 
 def _grid(side: int, spacing: float, std: float) -> GaussianMixture:
     line = (torch.arange(side, dtype=torch.float64) - (side - 1) / 2) * spacing
-    return GaussianMixture(torch.cartesian_prod(line, line), torch.full((side * side,), std))
+    return GaussianMixture(torch.cartesian_prod(line, line), torch.full((side * side,), std, dtype=torch.float64))
 
 
 def _moons(k: int = 24, std: float = 0.1) -> GaussianMixture:
     angle = torch.linspace(0, math.pi, k, dtype=torch.float64)
     upper = torch.stack([angle.cos(), angle.sin()], -1)
     lower = torch.stack([1 - angle.cos(), 0.5 - angle.sin()], -1)
-    return GaussianMixture(torch.cat([upper, lower]) - torch.tensor([0.5, 0.25]), torch.full((2 * k,), std))
+    return GaussianMixture(
+        torch.cat([upper, lower]) - torch.tensor([0.5, 0.25]), torch.full((2 * k,), std, dtype=torch.float64)
+    )
 
 
 def _spiral(k: int = 40, std: float = 0.08) -> GaussianMixture:
     turn = torch.linspace(0.6, 3 * math.pi, k, dtype=torch.float64)
     arm = turn.unsqueeze(-1) / math.pi * torch.stack([turn.cos(), turn.sin()], -1)
-    return GaussianMixture(torch.cat([arm, -arm]), torch.full((2 * k,), std))
+    return GaussianMixture(torch.cat([arm, -arm]), torch.full((2 * k,), std, dtype=torch.float64))
 
 
 _MAKERS: dict[str, Callable[[], GaussianMixture | Checkerboard]] = {

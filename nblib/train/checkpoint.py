@@ -19,8 +19,8 @@ from nblib.errors import CheckpointError
 __all__ = ["load_weights", "read_checkpoint", "save_checkpoint"]
 
 
-def _hash(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def _hash(tensors: dict[str, Tensor], info: str = "") -> str:
+    digest = hashlib.sha256(info.encode())
     for name in sorted(tensors):
         value = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
@@ -36,7 +36,8 @@ def save_checkpoint(path: str | Path, tensors: dict[str, Tensor], info: dict[str
     """
     path = Path(path)
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    blob = save(tensors, {"nblib": json.dumps(info), "sha256": _hash(tensors)})
+    text = json.dumps(info)
+    blob = save(tensors, {"nblib": text, "sha256": _hash(tensors, text)})
     aside = path.with_name(f"{path.name}.tmp{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,7 +73,8 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
         raise CheckpointError(f"{path} is truncated or damaged ({error}): delete it, or use an older one.") from None
     if "nblib" not in meta:
         raise CheckpointError(f"{path} is a safetensors file, but not one that nblib wrote.")
-    if _hash(tensors) != meta.get("sha256"):
+    # The first files were hashed without their info.
+    if meta.get("sha256") not in (_hash(tensors, meta["nblib"]), _hash(tensors)):
         raise CheckpointError(f"{path} was altered: its content does not match its own SHA-256. Use another copy.")
     return tensors, json.loads(meta["nblib"])
 

@@ -79,7 +79,8 @@ def fit(
         transform: ``(batch, generator) -> batch`` instead of the scaling (dequantization, binarization).
         eval_data: evaluated every ``eval_every`` steps (each epoch by default), in eval mode, with fixed noise.
         checkpoint: a file to save to every ``checkpoint_every`` steps and at the end, and to go on from if it exists.
-        log_every: steps per row of the history. progress: show a bar; off where ``NBLIB_PROGRESS=0``.
+        log_every: steps per row of the history. progress: show a bar; by default in notebooks and
+            terminals, unless ``NBLIB_PROGRESS=0``.
         callback: called as ``callback(step, model)`` after each evaluation.
 
     Returns:
@@ -89,13 +90,15 @@ def fit(
         DataError: unusable data or settings. CheckpointError: the checkpoint does not fit or cannot be saved.
         NonFiniteLoss: the loss became NaN or infinite; the message names the step and the last good checkpoint.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _device(device)
     x, scale = _tensor(data, "data")
     n, batch_size = len(x), int(batch_size)
     if not 1 <= batch_size <= n:
         raise DataError(f"batch_size must lie between 1 and the number of examples, {n:,}; got {batch_size:,}.")
     if (steps is None) == (epochs is None):
         raise DataError(f"Give either steps or epochs, got steps={steps} and epochs={epochs}.")
+    if epochs is not None and not 0 < epochs < math.inf:
+        raise DataError(f"epochs must be a positive number, got {epochs}.")
     steps = math.ceil(epochs * n / batch_size) if steps is None else int(steps)  # type: ignore[operator]
     for what, value, known in (
         ("optimizer", optimizer, OPTIMIZERS),
@@ -104,8 +107,17 @@ def fit(
     ):
         if value not in known:
             raise DataError(unknown(what, value, known))
-    if steps < 1 or not lr > 0 or (ema is not None and not 0 <= ema < 1):
-        raise DataError(f"fit needs steps >= 1, lr > 0 and 0 <= ema < 1; got steps={steps}, lr={lr}, ema={ema}.")
+    for need, holds in {
+        f"steps >= 1, got {steps}": steps >= 1,
+        f"a finite lr > 0, got {lr}": 0 < lr < math.inf,
+        f"weight_decay >= 0, got {weight_decay}": weight_decay >= 0,
+        f"warmup >= 0, got {warmup}": warmup >= 0,
+        f"clip > 0, got {clip}": clip is None or clip > 0,
+        f"0 <= ema < 1, got {ema}": ema is None or 0 <= ema < 1,
+        f"checkpoint_every >= 1, got {checkpoint_every}": checkpoint_every is None or checkpoint_every >= 1,
+    }.items():
+        if not holds:
+            raise DataError(f"fit needs {need}.")
     log_every = log_every or max(1, min(50, steps // 50))
     eval_every = eval_every or max(1, round(n / batch_size))
 
@@ -118,6 +130,7 @@ def fit(
         held_out, eval_scale = _tensor(eval_data, "eval_data")
         if eval_scale != scale:
             raise DataError(f"eval_data is scaled by {eval_scale}, data by {scale}: give both in the same form.")
+        _validate(model, held_out, prepare, batch_size)
         held_out = held_out.to(device)
 
     optim = OPTIMIZERS[optimizer](model.parameters(), lr, weight_decay)
@@ -182,6 +195,7 @@ def fit(
                 if callback is not None:
                     callback(history.step, model)
             if at_save:
+                _check_weights(model, history.step, path)
                 save()
     history.seconds = before + time.perf_counter() - started
     model.train(was_training)
@@ -191,12 +205,23 @@ def fit(
 # --- data ------------------------------------------------------------------------------------------------
 
 
+def _device(device: str | torch.device | None) -> torch.device:
+    """The device asked for, else a GPU where there is one; one that cannot be used is refused at once."""
+    try:
+        found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise DataError(f"device={str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    return found
+
+
 def _tensor(data: Split | Tensor | np.ndarray, name: str) -> tuple[Tensor, int | None]:
     """The examples, and the number by which integers are divided (None for floating-point data)."""
     if isinstance(data, Split):
         return data.x, data.levels - 1
     if isinstance(data, np.ndarray):
-        data = torch.from_numpy(data)
+        # A read-only array or one with negative strides is copied: torch can hold neither.
+        data = torch.from_numpy(np.require(data, requirements=("C", "W")))
     if not isinstance(data, Tensor):
         raise DataError(f"{name} must be a Split, a tensor or an array, got {type(data).__name__}.")
     if data.ndim < 1 or not len(data):
@@ -233,7 +258,7 @@ def _validate(model: nn.Module, x: Tensor, prepare: _Prepare, batch_size: int) -
     generator = torch.Generator(device).manual_seed(0)
     last = batch_size if prepare.scale is not None and prepare.transform is None else len(x)
     for start in range(0, last, 4096):
-        check(prepare(x[start : min(start + 4096, last)].to(device), generator))
+        check(prepare(x[start : min(start + 4096, last)].clone().to(device), generator))
 
 
 class _Order:
@@ -294,15 +319,27 @@ def _mean_row(pending: list[tuple[Tensor, dict[str, Tensor]]], step: int, path: 
     finite = losses.isfinite()
     if not bool(finite.all()):
         first = step - len(pending) + int((~finite).int().argmax()) + 1
-        kept = f"the last good checkpoint is {path}" if path is not None and path.exists() else "no checkpoint was kept"
-        raise NonFiniteLoss(
-            f"The loss became {float(losses[first - 1 - step + len(pending)])} at step {first} (phase 'main'); {kept}."
-            " Lower the learning rate, clip the gradient (clip=1.0), or check the data for outliers."
-        )
+        value = float(losses[first - 1 - step + len(pending)])
+        raise NonFiniteLoss(f"The loss became {value} at step {first} (phase 'main'); {_remedy(path)}")
     row = {"step": float(step), "loss": float(losses.mean())}
     for name in pending[0][1]:
         row[name] = float(torch.stack([logs[name] for _, logs in pending]).double().mean())
     return row
+
+
+def _check_weights(model: nn.Module, step: int, path: Path | None) -> None:
+    """A finite loss can have an infinite gradient: do not keep the weights that it leaves behind."""
+    for name, value in model.named_parameters():
+        if not bool(value.isfinite().all()):
+            raise NonFiniteLoss(
+                f"The weights {name!r} became NaN or infinite by step {step} (phase 'main'), before the loss did;"
+                f" {_remedy(path)}"
+            )
+
+
+def _remedy(path: Path | None) -> str:
+    kept = f"the last good checkpoint is {path}" if path is not None and path.exists() else "no checkpoint was kept"
+    return f"{kept}. Lower the learning rate, clip the gradient (clip=1.0), or check the data for outliers."
 
 
 @torch.no_grad()
@@ -316,7 +353,7 @@ def _evaluate(
     size = max(batch_size, min(1000, len(x)))
     sums: dict[str, Tensor] = {}
     for start in range(0, len(x), size):
-        part = x[start : start + size]
+        part = x[start : start + size].clone()  # the transform may work in place
         loss, logs = model(prepare(part, generator), generator=generator)
         for name, value in {"loss": loss, **logs}.items():
             sums[name] = sums.get(name, 0.0) + value.double() * len(part)
@@ -328,7 +365,8 @@ def _bar(steps: int, done: int, progress: bool | None) -> Any:
     from tqdm.auto import tqdm
 
     if progress is None:
-        progress = os.environ.get("NBLIB_PROGRESS", "1") != "0"
+        watched = "ipykernel" in sys.modules or sys.stderr.isatty()
+        progress = watched and os.environ.get("NBLIB_PROGRESS", "1") != "0"
     return tqdm(total=steps, initial=done, unit="step", disable=not progress, leave=False, file=sys.stderr)
 
 

@@ -2,6 +2,7 @@ r"""The variational autoencoder: one class, with every choice of the chapter as 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -107,10 +108,11 @@ class VAE(nn.Module):
             raise DataError(unknown("kl", kl, ("analytic", "sampled")))
         if network not in ("mlp", "conv"):
             raise DataError(unknown("network", network, ("mlp", "conv")))
-        if len(shape) != 3 or latent < 1 or k < 1 or beta < 0 or beta_warmup < 0:
+        if len(shape) != 3 or latent < 1 or k < 1 or not beta >= 0 or beta_warmup < 0 or not bound > 0 or width < 1:
             raise DataError(
-                "VAE needs shape=(C, H, W), latent >= 1, k >= 1, beta >= 0 and beta_warmup >= 0, got"
-                f" shape={tuple(shape)}, latent={latent}, k={k}, beta={beta}, beta_warmup={beta_warmup}."
+                "VAE needs shape=(C, H, W), latent >= 1, k >= 1, beta >= 0, beta_warmup >= 0, bound > 0 and width >= 1,"
+                f" got shape={tuple(shape)}, latent={latent}, k={k}, beta={beta}, beta_warmup={beta_warmup},"
+                f" bound={bound}, width={width}."
             )
         self.shape, self.latent = tuple(shape), latent
         self.std_kind, self.bound_std, self.kl_kind = std, bound, kl
@@ -188,6 +190,42 @@ class VAE(nn.Module):
         reconstruction, kl = self._terms(x, k, generator)
         return -(reconstruction + kl)
 
+    def log_weights(self, x: Tensor, k: int, *, generator: torch.Generator | None = None) -> Tensor:
+        r"""The logarithms of ``k`` importance weights per image (eq-log-weight).
+
+        .. math:: \log w_j=\log p_\theta(x\mid z_j)+\log p(z_j)-\log q_\phi(z_j\mid x),\qquad z_j\sim q_\phi(z\mid x)
+
+        Returns:
+            ``(k, B)``, nats. Their mean over k is the sampled ELBO.
+        """
+        self.check(x)
+        q = self._encode(x)
+        z = q.sample(k, generator)
+        log_prior = gaussian_log_prob(z, torch.zeros_like(z), 1.0).sum(-1)
+        return self.likelihood.log_prob(x, self._decode(z)) + log_prior - q.log_prob(z)
+
+    def importance_bound(
+        self, x: Tensor, k: int = 64, *, chunk: int = 64, generator: torch.Generator | None = None
+    ) -> Tensor:
+        r"""The importance-weighted bound (eq-importance-bound), at least the ELBO and at most the evidence on average.
+
+        .. math:: \mathcal L_k(x)=\log\frac1k\sum_{j=1}^k w_j
+
+        Args:
+            k: weights per image. chunk: how many are in memory at a time.
+
+        Returns:
+            ``(B,)``, nats. Source: Burda et al. (2016).
+
+        Raises:
+            DataError: ``k`` or ``chunk`` below 1, or unusable images.
+        """
+        if k < 1 or chunk < 1:
+            raise DataError(f"k and chunk must be at least 1, got k={k}, chunk={chunk}.")
+        sizes = [min(chunk, k - start) for start in range(0, k, chunk)]
+        parts = [self.log_weights(x, size, generator=generator).logsumexp(0) for size in sizes]
+        return torch.stack(parts).logsumexp(0) - math.log(k)
+
     # --- what one does with it -------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -203,8 +241,13 @@ class VAE(nn.Module):
         if condition is not None:
             raise DataError("This VAE is unconditional: sample() takes condition=None.")
         like = next(self.parameters())
-        params = self._decode(randn_rows(n, (self.latent,), like, generator))
-        return self.likelihood.sample(params, generator) if noise else self.likelihood.mean(params)
+        if not noise:
+            return self.decode(randn_rows(n, (self.latent,), like, generator))
+        images = like.new_empty(n, *self.shape)
+        for i in range(n):  # one by one, or the noise of image i would depend on how many latents were drawn before
+            params = self._decode(randn_rows(1, (self.latent,), like, generator))
+            images[i] = self.likelihood.sample(params, generator)[0]
+        return images
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:
