@@ -158,7 +158,8 @@ def field(
     _, _, grid = _mesh(limits, points)
     v, at = _array(vectors(grid)), _array(grid)
     ok = np.isfinite(v).all(1)
-    ax.quiver(at[ok, 0], at[ok, 1], v[ok, 0], v[ok, 1], color=color, width=0.004)
+    scale = None if v[ok].any() else 1.0  # arrows of length zero alone have no scale of their own
+    ax.quiver(at[ok, 0], at[ok, 1], v[ok, 0], v[ok, 1], color=color, width=0.004, scale=scale)
     ax.set_aspect("equal")
     if title:
         ax.set_title(title)

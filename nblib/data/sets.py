@@ -101,7 +101,7 @@ class Split:
 
     def __repr__(self) -> str:
         shape = "x".join(str(s) for s in self.x.shape[1:])
-        return f"{self.title}, {shape}, {self.levels} levels, from {self.source}"
+        return f"{self.title}, {shape}, from {self.source}"
 
 
 def load(name: str, split: str = "train", *, part: str = "auto", quiet: bool = False) -> Split:

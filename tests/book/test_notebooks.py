@@ -1,0 +1,133 @@
+"""What every chapter must obey, read from its source."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from tools import book
+
+CHAPTERS = book.notebooks()
+LABELS = re.compile(r"^:label: (\S+)$", flags=re.M)
+EQUATIONS = re.compile(r"\$\$ \(([\w-]+)\)")
+CLAIMS = re.compile(r"\{prf:(theorem|proposition|lemma|corollary)\}[^\n]*\n:label: (\S+)")
+
+
+def cells(chapter: str, kind: str) -> list[book.Notebook]:
+    return [cell for cell in book.read(book.source(chapter)).cells if cell.cell_type == kind]
+
+
+def prose(chapter: str) -> str:
+    return "\n\n".join(cell.source for cell in cells(chapter, "markdown"))
+
+
+def code(chapter: str) -> str:
+    return "\n".join(cell.source for cell in cells(chapter, "code"))
+
+
+def test_every_notebook_of_the_book_is_in_the_contents() -> None:
+    found = {
+        str(path.relative_to(book.ROOT / "book").with_suffix("")) for path in (book.ROOT / "book").rglob("*.ipynb")
+    }
+    assert {name for name in found if ".ipynb_checkpoints" not in name} == set(CHAPTERS)
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_notebooks_are_committed_without_outputs(chapter: str) -> None:
+    for cell in cells(chapter, "code"):
+        assert not cell.outputs
+        assert cell.execution_count is None
+    raw = json.loads(book.source(chapter).read_text())
+    assert set(raw["metadata"]) <= {"kernelspec", "language_info"}
+    assert raw["metadata"]["kernelspec"]["name"] == "python3"
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_the_first_cells_are_guard_imports_and_parameters(chapter: str) -> None:
+    first, second, third = cells(chapter, "code")[:3]
+    assert "google.colab" in first.source
+    assert first.metadata.tags == ["remove-cell"]
+    assert "import nblib as nb" in second.source
+    assert third.source == "profile = None"
+    assert "parameters" in third.metadata.tags
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_one_title_first_and_the_order_of_a_chapter(chapter: str) -> None:
+    headings = re.findall(r"^(#+) (.+)$", re.sub(r"```.*?```", "", prose(chapter), flags=re.S), flags=re.M)
+    assert [level for level, _ in headings].count("#") == 1
+    assert headings[0][0] == "#"
+    titles = [title for level, title in headings if level == "##"]
+    order = ["The problem, as a picture", "Play", "Break it", "Exercises", "On your own data", "Summary"]
+    assert [title for title in titles if title in order] == order
+    assert titles[-1] == "Notes and sources"
+    assert ":class: tip" in prose(chapter), "a box of objectives"
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_cells_and_prose_stay_within_their_sizes(chapter: str) -> None:
+    every = [len(cell.source.splitlines()) for cell in cells(chapter, "code")]
+    hidden = {"hide-input", "remove-cell"}
+    shown = [len(c.source.splitlines()) for c in cells(chapter, "code") if not hidden & set(c.metadata.get("tags", []))]
+    assert max(every) <= 45, "the longest code cell"
+    assert sorted(shown)[len(shown) // 2] <= 16, "the median code cell that a reader sees"
+    assert 15 <= len(every) <= 42
+    words = len(re.sub(r"\$\$?[^$]+\$\$?|```.*?```", " ", prose(chapter), flags=re.S).split())
+    assert 1500 <= words <= 4500
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_every_claim_has_a_check_in_its_own_chapter(chapter: str) -> None:
+    claims = {label for _, label in CLAIMS.findall(prose(chapter))}
+    checked = set(re.findall(r"nb\.check\w*\(\s*f?[\"']([\w-]+)[\"']", code(chapter)))
+    assert claims
+    assert claims - checked == set()
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_every_check_names_a_label_of_the_book(chapter: str) -> None:
+    everything = "\n".join(prose(name) for name in CHAPTERS)
+    labels = set(re.findall(r"^:label: (\S+)$", everything, flags=re.M)) | set(
+        re.findall(r"\$\$ \(([\w-]+)\)", everything)
+    )
+    checked = set(re.findall(r"nb\.check\w*\(\s*f?[\"']([\w-]+)[\"']", code(chapter)))
+    assert checked <= labels
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_every_exercise_has_a_folded_solution(chapter: str) -> None:
+    text = prose(chapter)
+    exercises = re.findall(r"\{exercise\}[^\n]*\n:label: (\S+)", text)
+    solutions = re.findall(r"\{solution(?:-start)?\} (\S+)\n:class: dropdown", text)
+    assert 4 <= len(exercises) <= 8
+    assert sorted(exercises) == sorted(solutions)
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_every_figure_has_alt_text(chapter: str) -> None:
+    draws = re.compile(r"plt\.(figure|subplots)|nb\.viz\.(image_grid|density|field|latent_scatter|curves)\(|\.plot\(\)")
+    for cell in cells(chapter, "code"):
+        if draws.search(cell.source) and "nb.viz.slider" not in cell.source:
+            assert len(cell.metadata.get("mystnb", {}).get("image", {}).get("alt", "")) > 20, cell.source[:80]
+        if "nb.viz.slider" in cell.source:
+            assert "alt=" in cell.source
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_no_reference_that_sphinx_cannot_resolve_and_no_local_path(chapter: str) -> None:
+    text = prose(chapter) + code(chapter)
+    for bad in (r"\label{", r"\eqref", r"\begin{equation}", "/home/", "/work/", "/root/", "TODO"):
+        assert bad not in text, bad
+
+
+def test_claim_labels_that_the_package_quotes_exist() -> None:
+    everything = "\n".join(prose(name) for name in CHAPTERS)
+    labels = set(re.findall(r"^:label: (\S+)$", everything, flags=re.M)) | set(
+        re.findall(r"\$\$ \(([\w-]+)\)", everything)
+    )
+    for path in sorted((book.ROOT / "nblib").rglob("*.py")):
+        quoted = set(re.findall(r"\b((?:eq|thm|prop|def|alg)-[a-z][\w-]+)", path.read_text()))
+        assert quoted <= labels, f"{Path(path).name}: {quoted - labels}"
