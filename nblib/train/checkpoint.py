@@ -19,7 +19,7 @@ from nblib.errors import CheckpointError
 __all__ = ["load_weights", "read_checkpoint", "save_checkpoint"]
 
 
-def _hash(tensors: dict[str, Tensor], info: str = "") -> str:
+def _hash(tensors: dict[str, Tensor], info: str) -> str:
     digest = hashlib.sha256(info.encode())
     for name in sorted(tensors):
         value = tensors[name].detach().cpu().contiguous()
@@ -73,8 +73,7 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
         raise CheckpointError(f"{path} is truncated or damaged ({error}): delete it, or use an older one.") from None
     if "nblib" not in meta:
         raise CheckpointError(f"{path} is a safetensors file, but not one that nblib wrote.")
-    # The first files were hashed without their info.
-    if meta.get("sha256") not in (_hash(tensors, meta["nblib"]), _hash(tensors)):
+    if meta.get("sha256") != _hash(tensors, meta["nblib"]):
         raise CheckpointError(f"{path} was altered: its content does not match its own SHA-256. Use another copy.")
     return tensors, json.loads(meta["nblib"])
 

@@ -161,6 +161,9 @@ class VAE(nn.Module):
         if not (self.training and self.beta_warmup):
             return self.beta
         self.steps += 1
+        if torch.compiler.is_compiling():
+            # In one graph with the counting, the backward pass would count again (pytorch/pytorch#197039).
+            torch._dynamo.graph_break()
         return self.beta * (self.steps / self.beta_warmup).clamp(max=1.0)
 
     def _terms(self, x: Tensor, k: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:

@@ -28,6 +28,10 @@ def code(chapter: str) -> str:
     return "\n".join(cell.source for cell in cells(chapter, "code"))
 
 
+def lines(cell: book.Notebook) -> int:
+    return sum(bool(line.strip()) for line in cell.source.splitlines())
+
+
 def test_every_notebook_of_the_book_is_in_the_contents() -> None:
     found = {
         str(path.relative_to(book.ROOT / "book").with_suffix("")) for path in (book.ROOT / "book").rglob("*.ipynb")
@@ -60,20 +64,20 @@ def test_one_title_first_and_the_order_of_a_chapter(chapter: str) -> None:
     headings = re.findall(r"^(#+) (.+)$", re.sub(r"```.*?```", "", prose(chapter), flags=re.S), flags=re.M)
     assert [level for level, _ in headings].count("#") == 1
     assert headings[0][0] == "#"
-    titles = [title for level, title in headings if level == "##"]
-    order = ["The problem, as a picture", "Play", "Break it", "Exercises", "On your own data", "Summary"]
+    titles = [title for _, title in headings]
+    order = ["Play", "Break it", "Exercises", "On your own data", "Summary", "Notes and sources"]
     assert [title for title in titles if title in order] == order
-    assert titles[-1] == "Notes and sources"
+    assert titles[-1] == order[-1]
     assert ":class: tip" in prose(chapter), "a box of objectives"
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS)
 def test_cells_and_prose_stay_within_their_sizes(chapter: str) -> None:
-    every = [len(cell.source.splitlines()) for cell in cells(chapter, "code")]
+    every = [lines(cell) for cell in cells(chapter, "code")]
     hidden = {"hide-input", "remove-cell"}
-    shown = [len(c.source.splitlines()) for c in cells(chapter, "code") if not hidden & set(c.metadata.get("tags", []))]
+    shown = [lines(c) for c in cells(chapter, "code") if not hidden & set(c.metadata.get("tags", []))]
     assert max(every) <= 45, "the longest code cell"
-    assert sorted(shown)[len(shown) // 2] <= 16, "the median code cell that a reader sees"
+    assert sorted(shown)[len(shown) // 2] <= 24, "the median code cell that a reader sees"
     assert 15 <= len(every) <= 42
     words = len(re.sub(r"\$\$?[^$]+\$\$?|```.*?```", " ", prose(chapter), flags=re.S).split())
     assert 1500 <= words <= 4500

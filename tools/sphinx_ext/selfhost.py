@@ -1,4 +1,4 @@
-"""Serve MathJax from the site itself, and drop script tags that Jupyter Book adds twice."""
+"""Add the book's style sheet, serve MathJax from the site itself, drop script tags that come twice."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 def _add(app: Any) -> None:
     # Appended here, after Jupyter Book has scanned: it would put every script of a static folder on every page.
+    app.config.html_static_path.append(os.path.join(app.srcdir, "book", "_static"))
+    app.add_css_file("book.css")
     vendor = os.environ.get("NBLIB_VENDOR")
     if vendor:
         app.config.html_static_path.append(vendor)
