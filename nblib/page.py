@@ -193,7 +193,7 @@ class Table:
         return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths)).rstrip() for line in self.lines)
 
     def _repr_markdown_(self) -> str:
-        head, *body = ("| " + " | ".join(line) + " |" for line in self.lines)
+        head, *body = ("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in self.lines)
         return "\n".join([head, "|" + " --- |" * len(self.lines[0]), *body])
 
 

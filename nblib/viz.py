@@ -255,7 +255,7 @@ class Slider:
         urls = [f"data:image/png;base64,{base64.b64encode(f).decode()}" for f in self.frames]
         width = int.from_bytes(self.frames[0][16:20], "big")
         return _SLIDER.format(
-            id="nb-" + hashlib.sha256(b"".join(self.frames)).hexdigest()[:12],
+            id="nb-" + hashlib.sha256(b"".join([self.label.encode(), *self.frames])).hexdigest()[:12],
             alt=html.escape(self.alt, quote=True),
             label=html.escape(self.label),
             first=urls[self.start],

@@ -136,6 +136,7 @@ class DiscretizedLogistic(Likelihood):
         return _sum_pixels(log_mass)
 
     def mean(self, params: Tensor) -> Tensor:
+        """The location of the logistic: the median of the grey level, and its mean away from 0 and 1."""
         return self._location_scale(params)[0]
 
     def sample(self, params: Tensor, generator: torch.Generator | None = None) -> Tensor:
