@@ -91,7 +91,8 @@ def pythae(data: nb.data.Split, batch_size: int) -> float:
         def forward(self, z: torch.Tensor) -> ModelOutput:
             return ModelOutput(reconstruction=self.body(z).reshape(-1, 1, 28, 28))
 
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+    quiet = io.StringIO()
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
         logging.disable(logging.CRITICAL)
         model = VAE(VAEConfig(input_dim=(1, 28, 28), latent_dim=2, reconstruction_loss="bce"), Encoder(), Decoder())
         assert sum(p.numel() for p in model.parameters()) == 807_700
@@ -110,7 +111,7 @@ def pythae(data: nb.data.Split, batch_size: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -138,9 +139,9 @@ def main() -> None:
         seconds: dict[str, list[float]] = {name: [] for name in variants}
         for variant in variants.values():
             variant()  # warm-up
-        for _round in range(args.rounds):
-            for name, variant in variants.items():
-                seconds[name].append(variant())
+        for turn in range(args.rounds):
+            for name in sorted(variants, reverse=bool(turn % 2)):
+                seconds[name].append(variants[name]())
     print(
         f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, batch {args.batch_size}"
     )

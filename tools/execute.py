@@ -22,6 +22,7 @@ from nblib.page import PROFILES
 from tools import book
 
 CELL_SECONDS = {"smoke": 60, "cpu": 240, "gpu": 3600}
+BUDGET_SECONDS = {"smoke": 60, "cpu": 90, "gpu": 3600}
 NOTEBOOK_SECONDS = {"smoke": 120, "cpu": 600, "gpu": 4 * 3600}
 
 
@@ -121,7 +122,10 @@ def main() -> None:
             overall.update()
             if reason:
                 failures.append(reason)
-            tqdm.write(f"{'FAILED  ' if reason else 'executed'}   {chapter}  {time.perf_counter() - begin:.1f} s")
+            seconds = time.perf_counter() - begin
+            budget = BUDGET_SECONDS[args.profile]
+            late = f"  over its budget of {budget} s" if seconds > budget else ""
+            tqdm.write(f"{'FAILED  ' if reason else 'executed'}   {chapter}  {seconds:.1f} s{late}")
 
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(work, enumerate(todo)))
