@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["History"]
 
 
-@dataclass
+@dataclass(repr=False)
 class History:
     """Rows of training and evaluation figures, with the trained model.
 
@@ -34,8 +34,13 @@ class History:
     seconds: float = 0.0
     step: int = 0
     examples: int = 0
-    model: nn.Module | None = field(default=None, repr=False)
-    ema: nn.Module | None = field(default=None, repr=False)
+    model: nn.Module | None = None
+    ema: nn.Module | None = None
+
+    def __repr__(self) -> str:
+        figures = ", ".join(f"{k} {v:.4g}" for k, v in self.last.items() if k != "step") if self.rows else "no rows"
+        kind = "evaluation" if self.evals else "training"
+        return f"History({self.step:,} steps, {self.seconds:.1f} s; last {kind}: {figures})"
 
     def _table(self, name: str) -> tuple[list[dict[str, float]], str]:
         rows, key = (self.evals, name[5:]) if name.startswith("eval/") else (self.rows, name)

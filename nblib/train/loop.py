@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from nblib.data.sets import Split
 from nblib.errors import CheckpointError, DataError, NonFiniteLoss, unknown
@@ -73,7 +73,8 @@ def fit(
         steps, epochs: how long; give one of them.
         lr, optimizer, weight_decay: ``optimizer`` is one of adamw, adam, adagrad, sgd.
         schedule: ``"constant"`` or ``"cosine"`` (to zero); warmup: steps of linear warm-up of the learning rate.
-        clip: largest global gradient norm. ema: decay of a moving average of the weights (``history.ema``).
+        clip: largest global gradient norm. ema: decay of a moving average of the weights
+            (``history.ema``), at most ``(1 + t) / (10 + t)`` at update t: a short run does not average its start.
         precision: ``"float32"`` or ``"bf16"`` (autocast). compile: ``torch.compile`` the model in place.
         device: where to train; a GPU where there is one.
         transform: ``(batch, generator) -> batch`` instead of the scaling (dequantization, binarization).
@@ -134,7 +135,7 @@ def fit(
         held_out = held_out.to(device)
 
     optim = OPTIMIZERS[optimizer](model.parameters(), lr, weight_decay)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema)) if ema is not None else None
+    average = AveragedModel(model, multi_avg_fn=_moving_average(ema)) if ema is not None else None
     history = History(model=model, ema=average.module if average is not None else None)
     settings = dict(batch_size=batch_size, lr=lr, optimizer=optimizer, weight_decay=weight_decay, schedule=schedule,
                     warmup=warmup, clip=clip, ema=ema, precision=precision, seed=seed, examples=n)  # fmt: skip
@@ -304,6 +305,16 @@ def _own_randomness(device: torch.device) -> Iterator[torch.Generator]:
     with torch.random.fork_rng([device] if cuda else []):
         index = device.index if device.index is not None else torch.cuda.current_device() if cuda else 0
         yield torch.cuda.default_generators[index] if cuda else torch.default_generator
+
+
+def _moving_average(decay: float) -> Callable[[Any, Any, Tensor | int], None]:
+    """``average += (1 - d) (value - average)`` with ``d = min(decay, (1 + t) / (10 + t))`` at update t."""
+
+    def update(averages: Any, values: Any, count: Tensor | int) -> None:
+        t = int(count)
+        torch._foreach_lerp_(averages, values, 1 - min(decay, (1 + t) / (10 + t)))
+
+    return torch.no_grad()(update)
 
 
 def _factor(step: int, steps: int, schedule: str, warmup: int) -> float:
