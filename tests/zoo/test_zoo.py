@@ -295,3 +295,12 @@ def test_a_card_with_another_loss_or_checksum_would_be_found(tmp_path: Path, mon
     path.write_text(json.dumps({**card, "sha256": "0" * 64}))
     with pytest.raises(AssertionError):
         check_entry("digits-tiny")
+
+
+def test_the_smallest_entry_can_be_retrained_to_its_card() -> None:
+    card = zoo.card("vae-digits")
+    _, again = zoo.train("vae-digits", seed=card["seed"], device="cpu")
+    assert again["steps"] == card["steps"]
+    assert again["metrics"]["loss"] == pytest.approx(card["metrics"]["loss"], abs=0.1)
+    worse = zoo.train("vae-digits", overrides={"epochs": 5}, seed=card["seed"], device="cpu")[1]
+    assert worse["metrics"]["loss"] > card["metrics"]["loss"] + 0.1
