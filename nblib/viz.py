@@ -12,6 +12,7 @@ import html
 import io
 import json
 import math
+import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -312,8 +313,6 @@ def live(function: Callable[..., Any], fallback: Slider, /, **controls: Any) -> 
         function: called with the values of the controls; draws with pyplot.
         controls: as in ``ipywidgets.interactive``: ranges, lists, or widgets.
     """
-    import os
-
     if os.environ.get("NBLIB_RECORD") or os.environ.get("NBLIB_PROGRESS") == "0":
         return fallback
     from ipywidgets import interactive

@@ -55,6 +55,11 @@ class Latent(NamedTuple):
         return gaussian_log_prob(z, self.mean, self.std).sum(-1)
 
 
+def _log_prior(z: Tensor) -> Tensor:
+    """Log-density of the standard normal prior, nats, summed over the latent axis."""
+    return gaussian_log_prob(z, torch.zeros_like(z), 1.0).sum(-1)
+
+
 class VAE(nn.Module):
     r"""Variational autoencoder with a standard normal prior and a diagonal Gaussian encoder.
 
@@ -173,8 +178,7 @@ class VAE(nn.Module):
         reconstruction = -self.likelihood.log_prob(x, self._decode(z)).mean(0)
         if self.kl_kind == "analytic":
             return reconstruction, gaussian_kl(q.mean, q.std)
-        prior = gaussian_log_prob(z, torch.zeros_like(z), 1.0).sum(-1)
-        return reconstruction, (q.log_prob(z) - prior).mean(0)
+        return reconstruction, (q.log_prob(z) - _log_prior(z)).mean(0)
 
     def bound(self, x: Tensor, k: int = 1, *, generator: torch.Generator | None = None) -> Tensor:
         r"""An unbiased estimate of the ELBO of each image (eq-elbo), whatever ``beta`` the model was trained with.
@@ -204,8 +208,7 @@ class VAE(nn.Module):
         self.check(x)
         q = self._encode(x)
         z = q.sample(k, generator)
-        log_prior = gaussian_log_prob(z, torch.zeros_like(z), 1.0).sum(-1)
-        return self.likelihood.log_prob(x, self._decode(z)) + log_prior - q.log_prob(z)
+        return self.likelihood.log_prob(x, self._decode(z)) + _log_prior(z) - q.log_prob(z)
 
     def importance_bound(
         self, x: Tensor, k: int = 64, *, chunk: int = 64, generator: torch.Generator | None = None
