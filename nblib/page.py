@@ -17,7 +17,18 @@ from torch import Tensor
 
 from nblib.errors import CheckFailed, DataError, unknown
 
-__all__ = ["PROFILES", "budget", "check", "check_bound", "check_mc", "profile", "record", "show", "table"]
+__all__ = [
+    "PROFILES",
+    "budget",
+    "check",
+    "check_bound",
+    "check_erratum",
+    "check_mc",
+    "profile",
+    "record",
+    "show",
+    "table",
+]
 
 PROFILES = ("smoke", "cpu", "gpu")
 T = TypeVar("T")
@@ -136,6 +147,29 @@ def check_bound(label: str, lower: Any, upper: Any, *, slack: float = 0.0) -> No
         raise CheckFailed(f"{label}: {_brief(a)} ≤ {_brief(b)} is violated by {worst:.3g} > {slack:.3g}.")
     _log(label, "bound", worst, slack)
     print(f"✓ {label}  lower ≤ upper" + (f" + {slack:.0e}" if slack else ""))
+
+
+def check_erratum(label: str, truth: Any, *, correct: Any, printed: Any, atol: float = 1e-9) -> None:
+    """Entry ``label`` of the errata: the correct form gives ``truth``, the printed one does not.
+
+    Args:
+        truth: from a route that uses neither form: enumeration, quadrature, automatic differentiation.
+        correct, printed: what the two forms give; of shapes broadcastable to that of ``truth``.
+        atol: the correct form must be this close in every component; the printed one must be ten times as far off,
+            in some component (an infinite or undefined value is off).
+
+    Raises:
+        CheckFailed: the correct form is off, or the printed form is right after all.
+    """
+    t, right, wrong = _double(truth), _double(correct), _double(printed)
+    difference = float((right - t).abs().max())
+    if not difference <= atol < math.inf:
+        raise CheckFailed(f"{label}: the correct form gives {_brief(right)}, the truth is {_brief(t)}: |Δ| > {atol:.3g}.")
+    gap = float((wrong - t).abs().max())
+    if gap <= 10 * atol:
+        raise CheckFailed(f"{label}: the printed form gives {_brief(wrong)}, the truth is {_brief(t)}: it is right.")
+    _log(label, "erratum", difference, atol)
+    print(f"✓ {label}  correct form |Δ| ≤ {atol:.0e}, printed form off by {gap:.2g}")
 
 
 def record(**values: float | int | str) -> None:
