@@ -17,6 +17,7 @@ _NAMES = {
     "budget": "page",
     "check": "page",
     "check_bound": "page",
+    "check_erratum": "page",
     "check_mc": "page",
     "profile": "page",
     "record": "page",
@@ -27,7 +28,7 @@ __all__ = [*_MODULES, *_NAMES, "__version__"]
 
 if TYPE_CHECKING:
     from nblib import cli, data, errors, nets, page, probability, recipes, train, vae, viz, zoo
-    from nblib.page import budget, check, check_bound, check_mc, profile, record, show, table
+    from nblib.page import budget, check, check_bound, check_erratum, check_mc, profile, record, show, table
     from nblib.train import History, fit
 
 
