@@ -7,6 +7,7 @@ import inspect
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ from nblib.errors import CheckFailed, DataError, unknown
 
 __all__ = [
     "PROFILES",
+    "Source",
+    "Table",
     "budget",
     "check",
     "check_bound",
@@ -32,7 +35,7 @@ __all__ = [
 
 PROFILES = ("smoke", "cpu", "gpu")
 T = TypeVar("T")
-_state: dict[str, Any] = {"profile": None, "checks": [], "values": {}, "seen": time.perf_counter()}
+_state: dict[str, Any] = {"profile": None, "checks": [], "values": {}, "seen": time.perf_counter(), "timed": False}
 
 
 def profile(name: str | None = None) -> str:
@@ -45,7 +48,16 @@ def profile(name: str | None = None) -> str:
     if name not in PROFILES:
         raise DataError(unknown("profile", name, PROFILES))
     _state["profile"] = name
+    _time_cells()
     return name
+
+
+def _time_cells() -> None:
+    """In a notebook, count the seconds of a check from the start of its cell."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if shell is not None and not _state["timed"]:
+        shell.events.register("pre_run_cell", lambda *_: _state.update(seen=time.perf_counter()))
+        _state["timed"] = True
 
 
 def budget(*, smoke: T, cpu: T, gpu: T) -> T:
@@ -164,12 +176,15 @@ def check_erratum(label: str, truth: Any, *, correct: Any, printed: Any, atol: f
     t, right, wrong = _double(truth), _double(correct), _double(printed)
     difference = float((right - t).abs().max())
     if not difference <= atol < math.inf:
-        raise CheckFailed(f"{label}: the correct form gives {_brief(right)}, the truth is {_brief(t)}: |Δ| > {atol:.3g}.")
+        raise CheckFailed(
+            f"{label}: the correct form gives {_brief(right)}, the truth is {_brief(t)}: |Δ| > {atol:.3g}."
+        )
     gap = float((wrong - t).abs().max())
     if gap <= 10 * atol:
         raise CheckFailed(f"{label}: the printed form gives {_brief(wrong)}, the truth is {_brief(t)}: it is right.")
     _log(label, "erratum", difference, atol)
-    print(f"✓ {label}  correct form |Δ| ≤ {atol:.0e}, printed form off by {gap:.2g}")
+    off = "undefined" if math.isnan(gap) else f"off by {gap:.2g}"
+    print(f"✓ {label}  correct form |Δ| ≤ {atol:.0e}, printed form {off}")
 
 
 def record(**values: float | int | str) -> None:

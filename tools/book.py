@@ -6,6 +6,8 @@ import ast
 import hashlib
 import json
 import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,11 @@ def pages() -> list[str]:
 def notebooks() -> list[str]:
     """The chapters that are executed, as ``vae/variational-autoencoder``."""
     return [page[len("book/") :] for page in pages() if (ROOT / f"{page}.ipynb").is_file()]
+
+
+def chapters() -> list[str]:
+    """The notebooks that are chapters: all but those of the appendix."""
+    return [name for name in notebooks() if not name.startswith("appendix/")]
 
 
 def source(chapter: str) -> Path:
@@ -138,3 +145,18 @@ def key(chapter: str, profile: str) -> str:
 
         digest.update(str([str(folder) for folder in SYSTEM.values() if folder.is_dir()]).encode())
     return digest.hexdigest()
+
+
+def repository() -> str | None:
+    """The repository's address as https and without credentials: that of GitHub's runner, else of the remote origin."""
+    if name := os.environ.get("GITHUB_REPOSITORY"):
+        return f"https://github.com/{name}"
+    try:
+        found = subprocess.run(["git", "remote", "get-url", "origin"], cwd=ROOT, capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    address = re.fullmatch(
+        r"(?:(?:https?|ssh|git)://(?:[^@/]+@)?([^/:]+)(?::\d+)?/|[^@/:]+@([^/:]+):)(.+?)(?:\.git)?/?",
+        found.stdout.strip(),
+    )
+    return f"https://{address[1] or address[2]}/{address[3]}" if address else None

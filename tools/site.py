@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import yaml
 
-from tools import book, vendor
+from tools import api, book, coverage, ledger, vendor
 
 VALUE = re.compile(r"\{nbval\}`([A-Za-z_]\w*)(?::([^`]*))?`")
 
@@ -48,6 +49,19 @@ def footer(record: dict[str, Any]) -> str:
     )
 
 
+def ways(chapter: str, repository: str | None) -> str:
+    """The line below the title: the chapter as a notebook, solved and unsolved, here and on Colab."""
+    up = "../" * (chapter.count("/") + 1)
+    copies = {"": chapter}
+    if chapter in book.chapters():
+        copies[" without solutions"] = f"student/{chapter}"
+    links = [f'<a href="{up}notebooks/{copy}.ipynb" download>download{what}</a>' for what, copy in copies.items()]
+    if repository and repository.startswith("https://github.com/"):
+        colab = repository.replace("https://github.com", "https://colab.research.google.com/github") + "/blob/notebooks"
+        links += [f'<a href="{colab}/{copy}.ipynb">Colab{what}</a>' for what, copy in copies.items()]
+    return f'<p class="nb-ways">This page as a notebook: {", ".join(links)}.</p>'
+
+
 def graft(chapter: str, profile: str) -> book.Notebook:
     """The source notebook with the outputs of its executed copy, as it is published."""
     notebook = book.read(book.source(chapter))
@@ -59,16 +73,29 @@ def graft(chapter: str, profile: str) -> book.Notebook:
             cell.execution_count = run[cell.id].execution_count
         else:
             cell.source = fill(cell.source, record["values"], chapter)
+    notebook.cells.insert(1, nbformat.v4.new_markdown_cell(ways(chapter, book.repository()), id="ways"))
     notebook.cells.append(nbformat.v4.new_markdown_cell(footer(record), id="run-record"))
     return notebook
+
+
+def config(repository: str | None) -> dict[str, Any]:
+    """The settings of the site, with the links to the repository that it is built from; without one, no such links."""
+    settings: dict[str, Any] = yaml.safe_load((book.ROOT / "_config.yml").read_text())
+    if repository:
+        settings["repository"]["url"] = repository
+    else:
+        del settings["repository"], settings["launch_buttons"]
+        settings["html"] |= {"use_issues_button": False, "use_repository_button": False}
+    return settings
 
 
 def stage(profile: str, folder: Path, allow_unexecuted: bool) -> None:
     """A copy of the book, made anew, in which every chapter carries its outputs."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    for name in ("_config.yml", "_toc.yml", "index.md"):
+    for name in ("_toc.yml", "index.md"):
         shutil.copy(book.ROOT / name, folder)
+    (folder / "_config.yml").write_text(yaml.safe_dump(config(book.repository())))
     shutil.copytree(book.ROOT / "tools" / "sphinx_ext", folder / "_ext")
     shutil.copytree(book.ROOT / "book", folder / "book", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
     for chapter in book.notebooks():
@@ -76,6 +103,12 @@ def stage(profile: str, folder: Path, allow_unexecuted: bool) -> None:
             nbformat.write(graft(chapter, profile), folder / "book" / f"{chapter}.ipynb")
         elif not allow_unexecuted:
             raise SystemExit(f"{chapter} was not executed in profile {profile}: run python -m tools.execute first.")
+    made = (("api/index", api.index()), ("appendix/ledger", ledger.page(profile)))
+    for name, text in (*made, ("appendix/methods", coverage.methods_page())):
+        path = folder / "book" / f"{name}.md"
+        path.write_text(path.read_text().replace("<!-- made by the build -->", text))
+    for name in api.MODULES:
+        (folder / "book" / "api" / f"{name}.md").write_text(api.page(name))
 
 
 def missing(out: Path) -> list[str]:
@@ -93,18 +126,23 @@ def main() -> None:
     folder = book.BUILD / "stage" / args.profile
     stage(args.profile, folder, args.allow_unexecuted)
     command = [Path(sys.executable).parent / "jupyter-book", "build", "-q", "-W", "-n", "--keep-going", "--all", folder]
-    folders = {"NBLIB_VENDOR": str(found)} if (found := vendor.fetch()) else {}
-    built = subprocess.run(
-        list(map(str, command)), cwd=book.ROOT, env={**os.environ, **folders}, capture_output=True, text=True
-    )
+    env = {**os.environ, "PYTHONPATH": str(book.ROOT)}
+    if found := vendor.fetch():
+        env["NBLIB_VENDOR"] = str(found)
+    built = subprocess.run(list(map(str, command)), cwd=book.ROOT, env=env, capture_output=True, text=True)
     if built.returncode:
         sys.exit(f"The site did not build:\n{built.stdout[-6000:]}\n{built.stderr[-6000:]}")
     shutil.rmtree(args.out, ignore_errors=True)
     shutil.copytree(folder / "_build" / "html", args.out)
     (args.out / ".nojekyll").touch()
+    from tools import export  # it needs this module
+
+    export.write(args.profile, args.out / "notebooks", args.out)
     if absent := missing(args.out):
         sys.exit(f"Pages without HTML: {', '.join(absent)}")
-    print(f"{len(book.pages())} pages in {args.out}, {time.perf_counter() - started:.1f} s")
+    seconds = time.perf_counter() - started
+    (args.out / "build.json").write_text(json.dumps({"pages": len(book.pages()), "seconds": round(seconds, 1)}))
+    print(f"{len(book.pages())} pages in {args.out}, {seconds:.1f} s")
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ def main() -> None:
         "types": lambda: ["mypy"],
         "unit tests": lambda: ["pytest", "tests", "--ignore", "tests/site", "-n", "2"],
         "smoke run": lambda: ["tools.execute", "--profile", "smoke"],
+        "ledger": lambda: ["tools.ledger", "--profile", "smoke"],
         "nbval": nbval,
         "smoke site": lambda: ["tools.site", "--profile", "smoke", "--out", str(SITE)],
         "site tests": lambda: ["pytest", "tests/site"],

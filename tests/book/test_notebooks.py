@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
 
 import pytest
 
-from tools import book
+import nblib
+from tools import api, book, coverage, ledger
+from tools.ledger import prose
 
-CHAPTERS = book.notebooks()
-LABELS = re.compile(r"^:label: (\S+)$", flags=re.M)
-EQUATIONS = re.compile(r"\$\$ \(([\w-]+)\)")
-CLAIMS = re.compile(r"\{prf:(theorem|proposition|lemma|corollary)\}[^\n]*\n:label: (\S+)")
+CHAPTERS = book.chapters()
+NOTEBOOKS = book.notebooks()
+CHECKED = re.compile(r"nb\.check\w*\(\s*f?[\"']([\w-]+)[\"']")
 
 
 def cells(chapter: str, kind: str) -> list[book.Notebook]:
     return [cell for cell in book.read(book.source(chapter)).cells if cell.cell_type == kind]
-
-
-def prose(chapter: str) -> str:
-    return "\n\n".join(cell.source for cell in cells(chapter, "markdown"))
 
 
 def code(chapter: str) -> str:
@@ -36,10 +34,10 @@ def test_every_notebook_of_the_book_is_in_the_contents() -> None:
     found = {
         str(path.relative_to(book.ROOT / "book").with_suffix("")) for path in (book.ROOT / "book").rglob("*.ipynb")
     }
-    assert {name for name in found if ".ipynb_checkpoints" not in name} == set(CHAPTERS)
+    assert {name for name in found if ".ipynb_checkpoints" not in name} == set(NOTEBOOKS)
 
 
-@pytest.mark.parametrize("chapter", CHAPTERS)
+@pytest.mark.parametrize("chapter", NOTEBOOKS)
 def test_notebooks_are_committed_without_outputs(chapter: str) -> None:
     for cell in cells(chapter, "code"):
         assert not cell.outputs
@@ -49,14 +47,13 @@ def test_notebooks_are_committed_without_outputs(chapter: str) -> None:
     assert raw["metadata"]["kernelspec"]["name"] == "python3"
 
 
-@pytest.mark.parametrize("chapter", CHAPTERS)
-def test_the_first_cells_are_guard_imports_and_parameters(chapter: str) -> None:
+@pytest.mark.parametrize("chapter", NOTEBOOKS)
+def test_the_first_cells_are_imports_and_parameters(chapter: str) -> None:
     first, second, third = cells(chapter, "code")[:3]
-    assert "google.colab" in first.source
-    assert first.metadata.tags == ["remove-cell"]
-    assert "import nblib as nb" in second.source
-    assert third.source == "profile = None"
-    assert "parameters" in third.metadata.tags
+    assert "import nblib as nb" in first.source
+    assert second.source == "profile = None"
+    assert set(second.metadata.tags) == {"parameters", "remove-cell"}
+    assert "nb.profile(profile)" in third.source
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS)
@@ -85,20 +82,19 @@ def test_cells_and_prose_stay_within_their_sizes(chapter: str) -> None:
 
 @pytest.mark.parametrize("chapter", CHAPTERS)
 def test_every_claim_has_a_check_in_its_own_chapter(chapter: str) -> None:
-    claims = {label for _, label in CLAIMS.findall(prose(chapter))}
-    checked = set(re.findall(r"nb\.check\w*\(\s*f?[\"']([\w-]+)[\"']", code(chapter)))
+    claims = {claim.label for claim in ledger.claims(chapter) if claim.kind in ledger.THEOREMS}
+    checked = set(CHECKED.findall(code(chapter)))
     assert claims
     assert claims - checked == set()
 
 
-@pytest.mark.parametrize("chapter", CHAPTERS)
+@pytest.mark.parametrize("chapter", NOTEBOOKS)
 def test_every_check_names_a_label_of_the_book(chapter: str) -> None:
-    everything = "\n".join(prose(name) for name in CHAPTERS)
-    labels = set(re.findall(r"^:label: (\S+)$", everything, flags=re.M)) | set(
-        re.findall(r"\$\$ \(([\w-]+)\)", everything)
-    )
-    checked = set(re.findall(r"nb\.check\w*\(\s*f?[\"']([\w-]+)[\"']", code(chapter)))
-    assert checked <= labels
+    assert set(CHECKED.findall(code(chapter))) <= labels()
+
+
+def labels() -> set[str]:
+    return set().union(*(coverage.labels(name) for name in NOTEBOOKS))
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS)
@@ -110,7 +106,7 @@ def test_every_exercise_has_a_folded_solution(chapter: str) -> None:
     assert sorted(exercises) == sorted(solutions)
 
 
-@pytest.mark.parametrize("chapter", CHAPTERS)
+@pytest.mark.parametrize("chapter", NOTEBOOKS)
 def test_every_figure_has_alt_text(chapter: str) -> None:
     draws = re.compile(r"plt\.(figure|subplots)|nb\.viz\.(image_grid|density|field|latent_scatter|curves)\(|\.plot\(\)")
     for cell in cells(chapter, "code"):
@@ -120,7 +116,7 @@ def test_every_figure_has_alt_text(chapter: str) -> None:
             assert "alt=" in cell.source
 
 
-@pytest.mark.parametrize("chapter", CHAPTERS)
+@pytest.mark.parametrize("chapter", NOTEBOOKS)
 def test_no_reference_that_sphinx_cannot_resolve_and_no_local_path(chapter: str) -> None:
     text = prose(chapter) + code(chapter)
     for bad in (r"\label{", r"\eqref", r"\begin{equation}", "/home/", "/root/", "/tmp/", "TODO"):
@@ -128,10 +124,24 @@ def test_no_reference_that_sphinx_cannot_resolve_and_no_local_path(chapter: str)
 
 
 def test_claim_labels_that_the_package_quotes_exist() -> None:
-    everything = "\n".join(prose(name) for name in CHAPTERS)
-    labels = set(re.findall(r"^:label: (\S+)$", everything, flags=re.M)) | set(
-        re.findall(r"\$\$ \(([\w-]+)\)", everything)
-    )
+    known = labels()
     for path in sorted((book.ROOT / "nblib").rglob("*.py")):
-        quoted = set(re.findall(r"\b((?:eq|thm|prop|def|alg)-[a-z][\w-]+)", path.read_text()))
-        assert quoted <= labels, f"{Path(path).name}: {quoted - labels}"
+        quoted = set(api.LABEL.findall(path.read_text()))
+        assert quoted <= known, f"{Path(path).name}: {quoted - known}"
+
+
+def test_every_erratum_is_followed_by_its_check() -> None:
+    run = book.read(book.source("appendix/errata")).cells
+    entries = 0
+    for cell, after in itertools.pairwise(run):
+        for label, _ in ledger.ERRATUM.findall(cell.source if cell.cell_type == "markdown" else ""):
+            assert f'nb.check_erratum(\n    "{label}"' in after.source or f'nb.check_erratum("{label}"' in after.source
+            assert "**Printed.**" in cell.source
+            assert "**Correct.**" in cell.source
+            entries += 1
+    assert entries > 60
+
+
+def test_every_module_has_its_page_in_the_reference() -> None:
+    assert {f"book/api/{name}" for name in api.MODULES} < set(book.pages())
+    assert set(nblib._MODULES) <= set(api.MODULES)
