@@ -65,7 +65,8 @@ def ways(chapter: str, repository: str | None) -> str:
 def graft(chapter: str, profile: str) -> book.Notebook:
     """The source notebook with the outputs of its executed copy, as it is published."""
     notebook = book.read(book.source(chapter))
-    run = {cell.id: cell for cell in book.read(book.executed(chapter, profile)).cells}
+    made = book.read(book.executed(chapter, profile))
+    run = {cell.id: cell for cell in made.cells}
     record = json.loads(book.record(chapter, profile).read_text())
     for cell in notebook.cells:
         if cell.cell_type == "code":
@@ -73,6 +74,8 @@ def graft(chapter: str, profile: str) -> book.Notebook:
             cell.execution_count = run[cell.id].execution_count
         else:
             cell.source = fill(cell.source, record["values"], chapter)
+    if widgets := made.metadata.get("widgets"):
+        notebook.metadata["widgets"] = widgets
     notebook.cells.insert(1, nbformat.v4.new_markdown_cell(ways(chapter, book.repository()), id="ways"))
     notebook.cells.append(nbformat.v4.new_markdown_cell(footer(record), id="run-record"))
     return notebook
@@ -111,6 +114,18 @@ def stage(profile: str, folder: Path, allow_unexecuted: bool) -> None:
         (folder / "book" / "api" / f"{name}.md").write_text(api.page(name))
 
 
+def build(folder: Path) -> Path:
+    """The HTML of a staged book, built with warnings as errors."""
+    command = [Path(sys.executable).parent / "jupyter-book", "build", "-q", "-W", "-n", "--keep-going", "--all", folder]
+    env = {**os.environ, "PYTHONPATH": str(book.ROOT)}
+    if found := vendor.fetch():
+        env["NBLIB_VENDOR"] = str(found)
+    built = subprocess.run(list(map(str, command)), cwd=book.ROOT, env=env, capture_output=True, text=True)
+    if built.returncode:
+        sys.exit(f"The site did not build:\n{built.stdout[-6000:]}\n{built.stderr[-6000:]}")
+    return folder / "_build" / "html"
+
+
 def missing(out: Path) -> list[str]:
     """Pages of the table of contents that have no HTML."""
     return [page for page in book.pages() if not (out / f"{page}.html").is_file()]
@@ -125,15 +140,9 @@ def main() -> None:
     started = time.perf_counter()
     folder = book.BUILD / "stage" / args.profile
     stage(args.profile, folder, args.allow_unexecuted)
-    command = [Path(sys.executable).parent / "jupyter-book", "build", "-q", "-W", "-n", "--keep-going", "--all", folder]
-    env = {**os.environ, "PYTHONPATH": str(book.ROOT)}
-    if found := vendor.fetch():
-        env["NBLIB_VENDOR"] = str(found)
-    built = subprocess.run(list(map(str, command)), cwd=book.ROOT, env=env, capture_output=True, text=True)
-    if built.returncode:
-        sys.exit(f"The site did not build:\n{built.stdout[-6000:]}\n{built.stderr[-6000:]}")
+    built = build(folder)
     shutil.rmtree(args.out, ignore_errors=True)
-    shutil.copytree(folder / "_build" / "html", args.out)
+    shutil.copytree(built, args.out)
     (args.out / ".nojekyll").touch()
     from tools import export  # it needs this module
 

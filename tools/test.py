@@ -38,12 +38,13 @@ def main() -> None:
         "lint": lambda: ["ruff", "check", "."],
         "format": lambda: ["ruff", "format", "--check", "."],
         "types": lambda: ["mypy"],
-        "unit tests": lambda: ["pytest", "tests", "--ignore", "tests/site", "-n", "2"],
+        "unit tests": lambda: ["pytest", "tests", "--ignore", "tests/site", "--ignore", "tests/wheel", "-n", "2"],
         "smoke run": lambda: ["tools.execute", "--profile", "smoke"],
         "ledger": lambda: ["tools.ledger", "--profile", "smoke"],
         "nbval": nbval,
+        "wheel": lambda: ["pytest", "tests/wheel"],
         "smoke site": lambda: ["tools.site", "--profile", "smoke", "--out", str(SITE)],
-        "site tests": lambda: ["pytest", "tests/site"],
+        "site tests": lambda: ["pytest", "tests/site", "-n", "2", "--dist", "loadfile"],
     }
     passed = failed = skipped = 0
     summary = []
@@ -70,6 +71,10 @@ def main() -> None:
     print("\n" + "\n".join(summary))
     if skipped and not shutil.which("chromium"):
         print("The browser tests were skipped: install Chromium to run them (Debian, Ubuntu: apt install chromium).")
+    if skipped and not shutil.which("java"):
+        print(
+            "The validation of the HTML was skipped: install Java (Debian, Ubuntu: apt install default-jre-headless)."
+        )
     print(f"{passed} passed, {failed} failed" + (f", {skipped} skipped" if skipped else ""))
     sys.exit(bool(failed))
 

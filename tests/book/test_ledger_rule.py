@@ -16,7 +16,7 @@ def claims(chapter: str) -> set[str]:
     return {label for cell in cells if cell.cell_type == "markdown" for label in CLAIMS.findall(cell.source)}
 
 
-@pytest.mark.parametrize("chapter", book.notebooks())
+@pytest.mark.parametrize("chapter", book.chapters())
 def test_every_claim_has_a_broken_variant_that_is_caught(chapter: str) -> None:
     assert claims(chapter)
     assert claims(chapter) - set(ledger.broken_variants()) == set()

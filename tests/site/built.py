@@ -14,7 +14,8 @@ from tools import book
 
 SITE = Path(os.environ.get("NBLIB_SITE", book.BUILD / "html")).resolve()
 PAGES = [f"{page}.html" for page in book.pages()]
-CHAPTERS = book.notebooks()
+NOTEBOOKS = book.notebooks()
+CHAPTERS = book.chapters()
 EXTRA = ["genindex.html", "search.html"]  # pages without a source that a reader reaches
 CI = os.environ.get("CI") == "true"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from built import CHAPTERS, PAGES, SITE
+from built import NOTEBOOKS, PAGES, SITE
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -13,7 +13,7 @@ def test_every_page_of_the_contents_has_its_html(name: str) -> None:
     assert (SITE / name).stat().st_size > 2000
 
 
-@pytest.mark.parametrize("chapter", CHAPTERS)
+@pytest.mark.parametrize("chapter", NOTEBOOKS)
 def test_every_chapter_was_executed(chapter: str) -> None:
     text = (SITE / "book" / f"{chapter}.html").read_text()
     assert "This page was executed on" in text

@@ -118,7 +118,7 @@ def test_an_unexecuted_chapter_stops_the_site(copy: Path) -> None:
 def test_environment_file_installs_the_lock_and_the_package() -> None:
     environment = yaml.safe_load((book.ROOT / "environment.yml").read_text())
     pip = next(entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
-    assert pip == ["-r requirements.lock", "."]
+    assert pip == ["-r requirements.lock", "jupyterlab-myst", "."]  # Binder shows the sources
     assert "python=3.12" in environment["dependencies"]
 
 

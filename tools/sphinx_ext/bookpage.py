@@ -81,7 +81,7 @@ def link_names(app: Any, doctree: Any, docname: str) -> None:
 
 
 def polish(app: Any, doctree: Any, docname: str) -> None:
-    """Mark passed checks, keep a full stop on the line of its formula, give ids to one element only."""
+    """Mark passed checks; keep a full stop on the line of its formula."""
     for block in doctree.findall(nodes.literal_block):
         if block.astext().startswith("✓ "):
             block["classes"].append("nb-check")
@@ -94,9 +94,6 @@ def polish(app: Any, doctree: Any, docname: str) -> None:
                 nodes.inline("", "", formula, nodes.Text(mark[0]), classes=["nb-nowrap"]),
                 nodes.Text(str(after)[mark.end() :]),
             ]
-    for section in doctree.findall(nodes.section):
-        if set(section["ids"]) & {"proof-content", "exercise-content", "solution-content"}:
-            section["ids"] = []
 
 
 def promise(app: Any, docname: str) -> str | None:
