@@ -209,12 +209,15 @@ def curves(history: History, *names: str, ax: Axes | None = None) -> None:
 # --- sliders -------------------------------------------------------------------------------------------------
 
 
+# The data attribute keeps JupyterLab from taking the arrow keys for itself.
 _SLIDER = """<figure class="nb-slider" id="{id}" style="margin:0 0 1em 0">
 <img alt="{alt}" src="{first}" style="max-width:100%;height:auto;background:white">
 <div style="display:flex;gap:.6em;align-items:center;flex-wrap:wrap;max-width:{width}px">
-<button type="button" class="nb-play" aria-pressed="false" style="min-width:4.5em;padding:.2em .6em">Play</button>
+<button type="button" class="nb-play" data-lm-suppress-shortcuts="true"
+ aria-pressed="false" style="min-width:4.5em;padding:.2em .6em">Play</button>
 <label style="flex:1;display:flex;gap:.6em;align-items:center;min-width:12em">{label}
-<input type="range" min="0" max="{last}" value="{start}" step="1" style="flex:1;min-width:8em"
+<input type="range" data-lm-suppress-shortcuts="true"
+ min="0" max="{last}" value="{start}" step="1" style="flex:1;min-width:8em"
  aria-valuetext="{text}"></label>
 <output style="min-width:4em;font-variant-numeric:tabular-nums">{text}</output></div>
 <script>(function () {{

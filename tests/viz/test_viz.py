@@ -183,6 +183,9 @@ def test_a_slider_holds_every_frame_in_order() -> None:
     control = page.first("input")
     assert (control["min"], control["max"], control["value"]) == ("0", "2", "0")
     assert page.first("img")["alt"] == "A line."
+    # Or JupyterLab takes the arrow keys, for the headings of the notebook.
+    assert "data-lm-suppress-shortcuts" in control
+    assert "data-lm-suppress-shortcuts" in page.first("button")
     assert "height" in page.text
     assert "3 frames" in repr(slider)
 
