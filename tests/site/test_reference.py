@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from bs4 import BeautifulSoup
 
-from tools import api, book
+from tools import api, book, export
 
 SITE = Path(os.environ.get("NBLIB_SITE", book.BUILD / "html"))
 
@@ -45,3 +45,24 @@ def test_neighbours_say_what_they_answer(chapter: str) -> None:
 
 def test_the_site_is_built_within_a_minute() -> None:
     assert json.loads((SITE / "build.json").read_text())["seconds"] < 60
+
+
+def test_the_built_site_numbers_every_label_that_it_shows() -> None:
+    found = export.numbers(SITE)
+    assert found["thm-elbo-identity"].startswith("Theorem ")
+    assert found["eq-evidence"].startswith("Eq. ")
+    assert found["ex-vae-1"].startswith("Exercise ")
+    shown = (SITE / "book/vae/variational-autoencoder.html").read_text()
+    assert f'href="#equation-eq-evidence">{found["eq-evidence"]}</a>' in shown
+    assert f'href="#thm-elbo-identity">{found["thm-elbo-identity"]}</a>' in shown
+
+
+def test_a_copy_of_every_page_is_offered_and_exists() -> None:
+    for chapter in book.notebooks():
+        folder = (SITE / "book" / f"{chapter}.html").parent
+        offered = {
+            link for link in links(f"book/{chapter}", ".nb-ways") if link.endswith(".ipynb") and "//" not in link
+        }
+        assert len(offered) == 1 + (chapter in book.chapters())
+        for link in offered:
+            assert json.loads((folder / link).read_text())["cells"]
