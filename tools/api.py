@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import re
+import subprocess
+import sys
 from types import ModuleType
 from typing import Any
 
@@ -81,6 +84,15 @@ def page(name: str) -> str:
     if again:
         links = ", ".join(f"{{py:obj}}`~{home(f'nblib.{name}.{symbol}')}`" for symbol in again)
         lines += ["", f"Also under this name: {links}."]
+    if name == "cli":
+        for command in ("", "train", "sample", "data"):
+            shown = subprocess.run(
+                [sys.executable, "-m", "nblib", *command.split(), "--help"],
+                capture_output=True,
+                text=True,
+                env={**os.environ, "COLUMNS": "88"},
+            )
+            lines += ["", f"## python -m nblib {command}".rstrip(), "", "```text", shown.stdout.rstrip(), "```"]
     return "\n".join(lines) + "\n"
 
 

@@ -126,11 +126,11 @@ def _number(value: float) -> str:
 def row(claim: Claim, entries: list[dict[str, Any]]) -> list[str]:
     """The line of a claim: of several checks, the one that came nearest to failing."""
     worst = max(entries, key=lambda entry: entry["measured"] / (entry["tolerance"] or 1e-12))
-    role = {"equation": "eq", "exercise": "ref", "erratum": "ref"}.get(claim.kind, "prf:ref")
+    role = {"equation": "eq", "exercise": "ref"}.get(claim.kind, "prf:ref")
     number = f", {len(entries)} checks" if len(entries) > 1 else ""
     return [
-        f"{{{role}}}`{claim.label}`",
-        "" if claim.kind == "erratum" else claim.statement.replace("|", "\\mid "),
+        f"{{ref}}`erratum <{claim.label}>`" if claim.kind == "erratum" else f"{{{role}}}`{claim.label}`",
+        claim.statement.replace("|", "\\mid "),
         UNITS[worst["kind"]] + number,
         _number(worst["tolerance"]),
         _number(worst["measured"]),
