@@ -10,7 +10,26 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_MODULES = ("cli", "data", "errors", "nets", "page", "probability", "recipes", "train", "vae", "viz", "zoo")
+_MODULES = (
+    "cli",
+    "data",
+    "diffusion",
+    "dynamics",
+    "energy",
+    "errors",
+    "field",
+    "flow_matching",
+    "nets",
+    "networks",
+    "page",
+    "paths",
+    "probability",
+    "recipes",
+    "train",
+    "vae",
+    "viz",
+    "zoo",
+)
 _NAMES = {
     "fit": "train",
     "History": "train",
@@ -27,7 +46,26 @@ _NAMES = {
 __all__ = [*_MODULES, *_NAMES, "__version__"]
 
 if TYPE_CHECKING:
-    from nblib import cli, data, errors, nets, page, probability, recipes, train, vae, viz, zoo
+    from nblib import (
+        cli,
+        data,
+        diffusion,
+        dynamics,
+        energy,
+        errors,
+        field,
+        flow_matching,
+        nets,
+        networks,
+        page,
+        paths,
+        probability,
+        recipes,
+        train,
+        vae,
+        viz,
+        zoo,
+    )
     from nblib.page import budget, check, check_bound, check_erratum, check_mc, profile, record, show, table
     from nblib.train import History, fit
 
