@@ -190,6 +190,14 @@ def _rows(start: Tensor, n: int, generator: torch.Generator | None) -> Tensor:
     return start[torch.randint(len(start), (n,), generator=generator, device=start.device)]
 
 
+@torch.no_grad()
+def _chains(
+    score: Score, x: Tensor, sigma: float, steps: int, step: float | None, generator: torch.Generator | None
+) -> Tensor:
+    """Langevin chains of a score at noise level sigma, from the rows of x."""
+    return langevin(score, x, step=sigma**2 / 8 if step is None else step, steps=steps, generator=generator)
+
+
 class ScoreModel(nn.Module):
     r"""A network with one of the objectives of this module as its training loss, at one noise level.
 
@@ -251,14 +259,7 @@ class ScoreModel(nn.Module):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """``n`` Langevin chains (eq-langevin) from random rows of ``start``; ``step`` is sigma^2 / 8 by default."""
-        with torch.no_grad():
-            return langevin(
-                self.score,
-                _rows(start, n, generator),
-                step=self.sigma**2 / 8 if step is None else step,
-                steps=steps,
-                generator=generator,
-            )
+        return _chains(self.score, _rows(start, n, generator), self.sigma, steps, step, generator)
 
 
 class DenoisingAutoencoder(nn.Module):
@@ -337,11 +338,4 @@ class DenoisingAutoencoder(nn.Module):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """``n`` Langevin chains (eq-langevin) from random rows of ``start``; ``step`` is sigma^2 / 8 by default."""
-        with torch.no_grad():
-            return langevin(
-                self.score,
-                _rows(start, n, generator),
-                step=self.sigma**2 / 8 if step is None else step,
-                steps=steps,
-                generator=generator,
-            )
+        return _chains(self.score, _rows(start, n, generator), self.sigma, steps, step, generator)
