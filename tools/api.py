@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import os
@@ -21,6 +22,7 @@ def module(name: str) -> ModuleType:
     return importlib.import_module(f"nblib.{name}")
 
 
+@functools.cache
 def documented(name: str) -> dict[str, Any]:
     """What the page of a module documents: its public names, less those that have their home in another module."""
     found, own = {}, module(name)

@@ -147,6 +147,14 @@ def key(chapter: str, profile: str) -> str:
     return digest.hexdigest()
 
 
+def colab(repository: str | None, copy: str) -> str | None:
+    """Where Colab opens a reader's copy, ``vae/x`` or ``student/vae/x``: it reads branches of GitHub only."""
+    if not repository or not repository.startswith("https://github.com/"):
+        return None
+    home = repository.replace("https://github.com", "https://colab.research.google.com/github")
+    return f"{home}/blob/notebooks/{copy}.ipynb"
+
+
 def repository() -> str | None:
     """The repository's address as https and without credentials: that of GitHub's runner, else of the remote origin."""
     if name := os.environ.get("GITHUB_REPOSITORY"):

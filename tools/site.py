@@ -56,9 +56,11 @@ def ways(chapter: str, repository: str | None) -> str:
     if chapter in book.chapters():
         copies[" without solutions"] = f"student/{chapter}"
     links = [f'<a href="{up}notebooks/{copy}.ipynb" download>download{what}</a>' for what, copy in copies.items()]
-    if repository and repository.startswith("https://github.com/"):
-        colab = repository.replace("https://github.com", "https://colab.research.google.com/github") + "/blob/notebooks"
-        links += [f'<a href="{colab}/{copy}.ipynb">Colab{what}</a>' for what, copy in copies.items()]
+    links += [
+        f'<a href="{address}">Colab{what}</a>'
+        for what, copy in copies.items()
+        if (address := book.colab(repository, copy))
+    ]
     return f'<p class="nb-ways">This page as a notebook: {", ".join(links)}.</p>'
 
 

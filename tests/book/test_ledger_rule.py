@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 
 from tools import book, ledger
 
-CLAIMS = re.compile(r"\{prf:(?:theorem|proposition|lemma|corollary)\}[^\n]*\n:label: (\S+)")
-
 
 def claims(chapter: str) -> set[str]:
-    cells = book.read(book.source(chapter)).cells
-    return {label for cell in cells if cell.cell_type == "markdown" for label in CLAIMS.findall(cell.source)}
+    return {claim.label for claim in ledger.claims(chapter) if claim.kind in ledger.THEOREMS}
 
 
 @pytest.mark.parametrize("chapter", book.chapters())

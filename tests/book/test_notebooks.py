@@ -15,7 +15,6 @@ from tools.ledger import prose
 
 CHAPTERS = book.chapters()
 NOTEBOOKS = book.notebooks()
-CHECKED = re.compile(r"nb\.check\w*\(\s*f?[\"']([\w-]+)[\"']")
 
 
 def cells(chapter: str, kind: str) -> list[book.Notebook]:
@@ -83,14 +82,14 @@ def test_cells_and_prose_stay_within_their_sizes(chapter: str) -> None:
 @pytest.mark.parametrize("chapter", CHAPTERS)
 def test_every_claim_has_a_check_in_its_own_chapter(chapter: str) -> None:
     claims = {claim.label for claim in ledger.claims(chapter) if claim.kind in ledger.THEOREMS}
-    checked = set(CHECKED.findall(code(chapter)))
+    checked = coverage.checks(chapter)
     assert claims
     assert claims - checked == set()
 
 
 @pytest.mark.parametrize("chapter", NOTEBOOKS)
 def test_every_check_names_a_label_of_the_book(chapter: str) -> None:
-    assert set(CHECKED.findall(code(chapter))) <= labels()
+    assert coverage.checks(chapter) <= labels()
 
 
 def labels() -> set[str]:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-from pathlib import Path
 
 import pytest
 from bs4 import BeautifulSoup
+from built import SITE
 
 from tools import book, ledger
 from tools.site import VALUE, fill
-
-SITE = Path(os.environ.get("NBLIB_SITE", book.BUILD / "html"))
 
 
 def shown(chapter: str) -> str:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 
 import pytest
 from bs4 import BeautifulSoup
+from built import SITE
 
 from tools import api, book, export
-
-SITE = Path(os.environ.get("NBLIB_SITE", book.BUILD / "html"))
 
 
 def links(page: str, selector: str) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,13 @@ from typing import Any
 from docutils import nodes
 from sphinx.util.nodes import make_refnode
 
-from tools import api
+from tools import api, book
 
 CLAIMS = ("thm", "prop", "lem", "cor", "def", "alg")
 
 
 def cite_labels(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
-    """Labels of the book in a docstring become links; double backticks around them are dropped."""
+    """Labels of the book in a docstring become links."""
 
     def link(match: re.Match[str]) -> str:
         role = "eq" if match[0].startswith("eq-") else "prf:ref" if match[0].split("-")[0] in CLAIMS else "ref"
@@ -96,6 +97,7 @@ def polish(app: Any, doctree: Any, docname: str) -> None:
             ]
 
 
+@functools.cache  # a page is the neighbour of two
 def promise(app: Any, docname: str) -> str | None:
     """The sentence in italics below the title of a page."""
     doctree = app.env.get_doctree(docname)
@@ -118,13 +120,12 @@ def page_context(app: Any, page: str, template: str, context: dict[str, Any], do
     chapter = page.removeprefix("book/")
     if Path(str(app.env.doc2path(page))).suffix != ".ipynb":
         return
-    repository = context.get("theme_repository_url") or ""
+    repository = context.get("theme_repository_url")
     up = "../" * page.count("/")
     for group in context.get("header_buttons", []):
         for button in group.get("buttons", []):
             if button.get("text") == "Colab":
-                copy = repository.replace("https://github.com", "https://colab.research.google.com/github")
-                button["url"] = f"{copy}/blob/notebooks/{chapter}.ipynb"
+                button["url"] = book.colab(repository, chapter)
             elif button.get("text") == ".ipynb":
                 button["url"] = f"{up}notebooks/{chapter}.ipynb"
 
