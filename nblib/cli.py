@@ -81,7 +81,7 @@ def _list(_: argparse.Namespace) -> None:
     print("trained models (nblib.zoo.load(NAME), python -m nblib sample NAME):")
     for name in zoo.names():
         card = zoo.card(name)
-        print(f"  {name:18s} {card['data']}; test bound {-card['metrics']['loss']:.2f} nats; {card['hardware']}")
+        print(f"  {name:18s} {card['data']}; test loss {card['metrics']['loss']:.2f}; {card['hardware']}")
 
 
 def _train(args: argparse.Namespace) -> None:

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from nblib.data import Split
 from nblib.errors import DataError, unknown
@@ -16,6 +17,9 @@ __all__ = ["RECIPES", "Recipe", "get"]
 
 FIT = ("epochs", "batch_size", "lr", "optimizer", "weight_decay", "schedule", "warmup", "clip", "ema", "precision",
        "compile")  # fmt: skip
+PAIRS = ("pairs", "pair_steps")
+Examples = Callable[[Split, dict[str, Any], int, "str | torch.device | None"], "Split | Tensor"]
+Transform = Callable[[Tensor, torch.Generator], Tensor]
 
 
 @dataclass(frozen=True)
@@ -23,8 +27,12 @@ class Recipe:
     """What ``python -m nblib train NAME`` runs.
 
     Attributes:
-        settings: every parameter that ``--set`` knows, with its default; those of ``fit`` and those of the model.
+        settings: every parameter that ``--set`` knows, with its default; those of ``fit``, of the pairs and of the
+            model.
         epochs: the number of epochs in each profile.
+        examples: ``(split, settings, seed, device) ->`` what ``fit`` is given in place of the split.
+        transform: of ``fit``.
+        teacher: the zoo entry whose weights the model starts from.
     """
 
     name: str
@@ -33,6 +41,9 @@ class Recipe:
     build: Callable[..., nn.Module]
     settings: dict[str, Any]
     epochs: dict[str, float]
+    examples: Examples = lambda data, *_: data
+    transform: Transform | None = None
+    teacher: str | None = None
 
     def resolve(self, profile: str = "cpu", overrides: dict[str, Any] | None = None) -> dict[str, Any]:
         """All settings for a profile, with some replaced.
@@ -51,7 +62,7 @@ class Recipe:
 
     def model(self, settings: dict[str, Any], data: Split) -> nn.Module:
         """The untrained model for these settings and this data."""
-        own = {name: value for name, value in settings.items() if name not in FIT}
+        own = {name: value for name, value in settings.items() if name not in (*FIT, *PAIRS)}
         return self.build(shape=tuple(data.x.shape[1:]), **own)
 
     @staticmethod
@@ -94,6 +105,72 @@ _VAE: dict[str, Any] = {
     "clip": None, "ema": None, "precision": "float32", "compile": False,
 }  # fmt: skip
 
+
+def _field(method: str) -> Callable[..., nn.Module]:
+    """How to build a class-conditional U-Net that is trained as one of the methods of diffusion and flow matching."""
+
+    def build(
+        shape: tuple[int, ...], width: int, multipliers: tuple[int, ...], classes: int, **options: Any
+    ) -> nn.Module:
+        from nblib import diffusion, flow_matching
+        from nblib.networks import UNet
+
+        constructors = {
+            "ddpm": diffusion.ddpm, "vp": diffusion.vp, "cfm": flow_matching.cfm,
+            "rectified_flow": flow_matching.rectified_flow, "distill": flow_matching.distill,
+        }  # fmt: skip
+        if "noise_schedule" in options:  # "schedule" is that of the learning rate
+            options["schedule"] = options.pop("noise_schedule")
+        network = UNet(shape[0], width=width, multipliers=multipliers, classes=classes)
+        return constructors[method](network, shape, classes=classes, centre=0.5, scale=0.5, **options)
+
+    return build
+
+
+def _labelled(data: Split, *_: Any) -> Tensor:
+    """Images and labels as rows of bytes, ``(N, D + 1)``; ``dequantized`` makes them what ``pack`` makes."""
+    return torch.cat([data.x.flatten(1), data.y.to(torch.uint8).unsqueeze(1)], 1)
+
+
+def dequantized(batch: Tensor, generator: torch.Generator) -> Tensor:
+    """Uniform dequantization of all columns but the last, the label: bytes ``(B, D + 1)`` to floats."""
+    x, labels = batch[:, :-1], batch[:, -1:]
+    return torch.cat([(x + torch.rand(x.shape, device=x.device, generator=generator)) / 256, labels], 1)
+
+
+def _pairs_of(teacher: str) -> Examples:
+    """Noise and where the teacher carries it, with labels: all classes and, one time in six, no label."""
+
+    def pairs(data: Split, settings: dict[str, Any], seed: int, device: str | torch.device | None) -> Tensor:
+        from nblib import zoo
+        from nblib.field import FieldModel, pack
+        from nblib.flow_matching import reflow
+
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        model = zoo.load(teacher, device=device)
+        assert isinstance(model, FieldModel)
+        assert model.classes is not None
+        held_out = data.split == "test"
+        n = settings["pairs"] // 20 if held_out else settings["pairs"]
+        labels = torch.arange(n, device=device) % (model.classes + 2)
+        labels = labels.masked_fill(labels >= model.classes, -1)
+        generator = torch.Generator(device).manual_seed(2 * seed + held_out)
+        made = reflow(model, n, condition=labels, generator=generator, batch_size=500, steps=settings["pair_steps"])
+        return pack(made, labels)
+
+    return pairs
+
+
+_FIELD: dict[str, Any] = {
+    "width": 16, "multipliers": (1, 2, 4), "classes": 10, "drop": 0.2,
+    "batch_size": 64, "lr": 2e-3, "optimizer": "adamw", "weight_decay": 0.0, "schedule": "cosine", "warmup": 200,
+    "clip": None, "ema": 0.999, "precision": "bf16", "compile": False,
+}  # fmt: skip
+# A student knows its labels: each pair was made with the one that it carries.
+_STUDENT: dict[str, Any] = {**_FIELD, "drop": 0.0, "lr": 1e-3, "pairs": 20_000, "pair_steps": 12}
+_EPOCHS = {"smoke": 0.01, "cpu": 7, "gpu": 100}
+
+
 RECIPES = {
     recipe.name: recipe
     for recipe in (
@@ -129,6 +206,56 @@ RECIPES = {
             {**_VAE, "network": "conv", "latent": 16, "likelihood": "gaussian", "width": 32, "clip": 1.0,
              "schedule": "cosine", "ema": 0.999},
             {"smoke": 0.02, "cpu": 3, "gpu": 60},
+        ),
+        Recipe(
+            "ddpm-fashion",
+            "a class-conditional U-Net of 316,705 parameters as DDPM: cosine schedule, 1,000 steps",
+            "fashion-mnist",
+            _field("ddpm"),
+            {**_FIELD, "noise_schedule": "cosine"},
+            _EPOCHS,
+            _labelled,
+            dequantized,
+        ),
+        Recipe(
+            "score-fashion",
+            "the same U-Net as a score SDE: variance preserving, continuous time",
+            "fashion-mnist",
+            _field("vp"),
+            {**_FIELD, "times": "low-discrepancy"},
+            _EPOCHS,
+            _labelled,
+            dequantized,
+        ),
+        Recipe(
+            "flow-fashion",
+            "the same U-Net by flow matching along straight lines",
+            "fashion-mnist",
+            _field("cfm"),
+            _FIELD,
+            _EPOCHS,
+            _labelled,
+            dequantized,
+        ),
+        Recipe(
+            "reflow-fashion",
+            "flow-fashion trained on the pairs that it makes",
+            "fashion-mnist",
+            _field("rectified_flow"),
+            {**_STUDENT, "coupling": "pairs"},
+            {"smoke": 0.01, "cpu": 10, "gpu": 100},
+            _pairs_of("flow-fashion"),
+            teacher="flow-fashion",
+        ),
+        Recipe(
+            "distill-fashion",
+            "reflow-fashion in one step",
+            "fashion-mnist",
+            _field("distill"),
+            _STUDENT,
+            {"smoke": 0.01, "cpu": 10, "gpu": 100},
+            _pairs_of("reflow-fashion"),
+            teacher="reflow-fashion",
         ),
     )
 }  # fmt: skip

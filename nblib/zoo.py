@@ -99,14 +99,17 @@ def train(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = recipe.model(settings, data)
+    if recipe.teacher is not None:
+        model.load_state_dict(load(recipe.teacher).state_dict())
     checkpoint = Path(out).with_suffix(".resume") if out else None
-    every = 10 * max(1, len(data) // max(1, settings["batch_size"]))
+    every = max(500, len(data) // max(1, settings["batch_size"]))
     history = fit(
         model,
-        data,
+        recipe.examples(data, settings, seed, device),
         **recipe.fit_settings(settings),
         seed=seed,
-        eval_data=test,
+        eval_data=recipe.examples(test, settings, seed, device),
+        transform=recipe.transform,
         checkpoint=checkpoint,
         checkpoint_every=every,
         device=device,

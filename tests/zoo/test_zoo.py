@@ -16,6 +16,7 @@ import nblib as nb
 from nblib import recipes, zoo
 from nblib.data import sets
 from nblib.errors import CheckFailed, CheckpointError, DataError
+from nblib.field import FieldModel
 from nblib.vae import VAE
 
 TINY = {"hidden": (8,), "latent": 3, "batch_size": 200}
@@ -40,9 +41,8 @@ def test_every_recipe_resolves_in_every_profile_to_a_model_and_a_run(name: str, 
     assert settings["epochs"] == recipe.epochs[profile]
     data = nb.data.load(recipe.data, "test", part="bundled", quiet=True)
     model = recipe.model(settings, data)
-    assert isinstance(model, VAE)
+    assert isinstance(model, VAE | FieldModel)
     assert model.shape == tuple(data.x.shape[1:])
-    assert model.latent == settings["latent"]
     assert set(recipe.fit_settings(settings)) == set(recipes.FIT)
     assert json.loads(json.dumps(settings)) == {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
 
@@ -56,8 +56,9 @@ def test_every_recipe_is_what_it_says(name: str) -> None:
     assert recipe.epochs["smoke"] <= recipe.epochs["cpu"] <= recipe.epochs["gpu"]
 
 
-def test_the_recipe_of_the_tables_has_the_parameters_that_it_names() -> None:
-    recipe = recipes.get("vae-fashion")
+@pytest.mark.parametrize("name", ["vae-fashion", "ddpm-fashion"])
+def test_a_recipe_has_the_parameters_that_it_names(name: str) -> None:
+    recipe = recipes.get(name)
     model = recipe.model(recipe.resolve(), nb.data.load("fashion-mnist", "test", part="bundled", quiet=True))
     assert f"{sum(p.numel() for p in model.parameters()):,} parameters" in recipe.about
 
@@ -262,17 +263,34 @@ def check_entry(name: str) -> None:
     """The weights are those of the card, and their loss on the test set is the one that the card states."""
     card, model = zoo.card(name), zoo.load(name)
     assert card["sha256"] == hashlib.sha256(zoo._file(name, ".safetensors").read_bytes()).hexdigest()
-    assert isinstance(model, VAE)
     assert sum(p.numel() for p in model.parameters()) == card["metrics"]["parameters"]
-    found = sets._find_whole(recipes.get(card["recipe"]).data, must=False) if card["recipe"] != "vae-digits" else None
-    test = nb.data.load(recipes.get(card["recipe"]).data, "test", part="whole" if found else "bundled", quiet=True)
-    with torch.no_grad():
-        generator = torch.Generator().manual_seed(0)
-        losses = torch.cat([-model.bound(part, generator=generator) for part in test.images.split(1000)])
+    recipe = recipes.get(card["recipe"])
+    found = sets._find_whole(recipe.data, must=False) if recipe.data != "digits" else None
+    test = nb.data.load(recipe.data, "test", part="whole" if found else "bundled", quiet=True)
+    generator = torch.Generator().manual_seed(0)
+    if isinstance(model, VAE):
+        assert card["settings"]["beta"] == 1
+        with torch.no_grad():
+            losses = torch.cat([-model.bound(part, generator=generator) for part in test.images.split(1000)])
+        whole = not test.is_subset
+    else:
+        losses, whole = field_losses(recipe, model, test, card, generator), False
     # Of a subset the mean may differ by chance as well.
-    chance = 4 * float(losses.std()) / math.sqrt(len(test)) if test.is_subset else 0.0
-    assert card["settings"]["beta"] == 1
+    chance = 0.0 if whole else 4 * float(losses.std()) / math.sqrt(len(losses))
     nb.check(name, losses.mean(), card["metrics"]["loss"], atol=chance, rtol=0.01)
+
+
+@torch.no_grad()
+def field_losses(
+    recipe: recipes.Recipe, model: torch.nn.Module, test: sets.Split, card: dict[str, Any], generator: torch.Generator
+) -> Tensor:
+    """The losses of ten batches of fifty, of new pairs for a student."""
+    settings = recipe.resolve(overrides=card["settings"]) | {"pairs": 20 * 500}
+    rows = recipe.examples(test, settings, 7, "cpu")
+    assert isinstance(rows, Tensor)
+    parts = rows[torch.randperm(len(rows), generator=generator)[:500]].split(50)
+    batches = [recipe.transform(part, generator) if recipe.transform else part for part in parts]
+    return torch.stack([model(batch, generator=generator).loss for batch in batches])
 
 
 def test_every_shipped_model_has_the_weights_and_the_loss_of_its_card(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,3 +322,61 @@ def test_the_smallest_entry_can_be_retrained_to_its_card() -> None:
     assert again["metrics"]["loss"] == pytest.approx(card["metrics"]["loss"], abs=0.1)
     worse = zoo.train("vae-digits", overrides={"epochs": 5}, seed=card["seed"], device="cpu")[1]
     assert worse["metrics"]["loss"] > card["metrics"]["loss"] + 0.1
+
+
+# --- diffusion and flow matching -----------------------------------------------------------------------
+
+
+def _images(n: int = 24) -> sets.Split:
+    data = nb.data.load("fashion-mnist", "test", part="bundled", quiet=True)
+    return sets.Split(data.name, data.split, data.x[:n], data.y[:n], data.classes, data.levels, data.whole, data.source)
+
+
+def test_images_and_labels_are_dequantized_anew_and_come_back() -> None:
+    data, recipe = _images(), recipes.get("flow-fashion")
+    rows = recipe.examples(data, {}, 0, None)
+    assert isinstance(rows, Tensor)
+    assert rows.dtype == torch.uint8
+    assert recipe.transform is not None
+    one, two = (recipe.transform(rows, torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    assert not torch.equal(one, two)
+    for batch in (one, two):
+        assert torch.equal((256 * batch[:, :-1]).floor().to(torch.uint8), data.x.flatten(1))
+        assert torch.equal(batch[:, -1].long(), data.y)
+    u = 256 * one[:, :-1] - rows[:, :-1]
+    assert abs(float(u.mean()) - 0.5) < 4 * 12**-0.5 / u.numel() ** 0.5
+
+
+@pytest.mark.parametrize("name", ["reflow-fashion", "distill-fashion"])
+def test_pairs_are_the_teachers_and_say_which_label_made_them(name: str) -> None:
+    recipe, data = recipes.get(name), _images()
+    settings = recipe.resolve("smoke", {"pairs": 24 * 20, "pair_steps": 2})
+    rows = recipe.examples(data, settings, 3, "cpu")
+    again = recipe.examples(data, settings, 3, "cpu")
+    other = recipe.examples(data, settings, 4, "cpu")
+    assert isinstance(rows, Tensor)
+    assert isinstance(again, Tensor)
+    assert isinstance(other, Tensor)
+    assert torch.equal(rows, again)
+    assert not torch.equal(rows, other)
+    assert recipe.teacher is not None
+    teacher = zoo.load(recipe.teacher)
+    assert isinstance(teacher, FieldModel)
+    noise, images = rows[:, :-1].unflatten(1, (2, 1, 28, 28)).unbind(1)
+    labels = rows[:, -1].long()
+    assert labels.tolist() == 2 * [*range(10), -1, -1]
+    made = teacher.transport(noise, condition=labels, steps=2)
+    assert torch.allclose(made, images, atol=1e-4)
+    student = recipe.model(settings, data)
+    assert isinstance(student, FieldModel)
+    student.check(rows)
+
+
+def test_a_student_starts_from_its_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
+    def untrained(model: torch.nn.Module, *_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt(model.state_dict())
+
+    monkeypatch.setattr(zoo, "fit", untrained)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        zoo.train("distill-fashion", profile="smoke", overrides={"pairs": 40, "pair_steps": 1})
+    assert same(caught.value.args[0], zoo.load("reflow-fashion").state_dict())
