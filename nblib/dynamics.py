@@ -27,7 +27,7 @@ from torch import Tensor
 
 from nblib.errors import DataError, unknown
 from nblib.nets import randn_rows
-from nblib.probability import bits_per_dim, gaussian_log_prob
+from nblib.probability import bits_per_dim, gaussian_log_prob, value_and_divergence
 
 if TYPE_CHECKING:
     from nblib.paths import Path
@@ -39,6 +39,7 @@ __all__ = [
     "ancestral",
     "annealed_langevin",
     "ddim",
+    "edm",
     "langevin",
     "log_prob",
     "multistep",
@@ -362,7 +363,7 @@ def ddim(
     for i, t, end in _steps(times, progress):
         d = data(x, t)
         e = (x - a[i] * d) / b[i]
-        s = eta * b[i + 1] / b[i] * _forward_variance(a, b, i).sqrt()
+        s = eta * _posterior_std(a, b, i)
         x = a[i + 1] * d + (b[i + 1] ** 2 - s**2).clamp_min(0).sqrt() * e
         if eta > 0 and i < last:
             x = x + s * noise(i)
@@ -371,12 +372,93 @@ def ddim(
     return x
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator,unused-ignore]
+def _raised(path: Path, times: tuple[float, ...], gamma: float, between: tuple[float, float]) -> list[float]:
+    """The times with 1 + gamma times the noise, on the host; those with too little, too much or none stay."""
+    t = torch.tensor(times, dtype=torch.float64)
+    sigma = (path.b(t) / path.a(t)).detach()
+    raised = (1 + gamma) * sigma
+    inside = (sigma >= between[0]) & (sigma <= between[1]) & (raised <= sigma[0]) & (sigma > 0)
+    level = torch.where(inside, raised, sigma[0])  # where nothing is to be found, any level that there is
+    return torch.where(inside, path.time_of_log_snr(-2 * level.log()), t).tolist()
+
+
+def edm(
+    path: Path,
+    data: Field,
+    x: Tensor,
+    times: Sequence[float],
+    *,
+    churn: float = 0.0,
+    between: tuple[float, float] = (0.0, math.inf),
+    generator: torch.Generator | None = None,
+    progress: bool = False,
+    callback: Callback | None = None,
+) -> Tensor:
+    r"""Heun's method in the noise level :math:`\sigma=b/a`, with a little noise put back before each step.
+
+    For :math:`y=x/a`, which is the data plus noise of standard deviation :math:`\sigma`, and the predicted data d,
+
+    .. math:: \hat\sigma=(1+\gamma)\,\sigma,\qquad \hat y=y+\sqrt{\hat\sigma^2-\sigma^2}\,z,\qquad
+              y'=\hat y+(\sigma'-\hat\sigma)\,\tfrac12\Big(\frac{\hat y-d(\hat y,\hat\sigma)}{\hat\sigma}
+              +\frac{\tilde y-d(\tilde y,\sigma')}{\sigma'}\Big)
+
+    where :math:`\tilde y` is the step of Euler. A last step to t = 1 is that of Euler: where :math:`\sigma'=0` it is
+    :math:`d(\hat y,\hat\sigma)`.
+    :math:`\gamma=\min(\text{churn}/N,\sqrt2-1)` in N steps, where :math:`\sigma` is in ``between`` and
+    :math:`\hat\sigma` is not above the noise of the start, else 0. Two evaluations per step.
+
+    Args:
+        data: predicts :math:`\mathbb E[x_1\mid x_t]`. x: ``(B, ...)``, the state at ``times[0]``, where a > 0.
+        churn: how much noise is put back over all steps; 0 is deterministic.
+
+    Raises:
+        DataError: a negative churn, a bad grid, or a = 0 in it.
+
+    Source: Karras et al. (2022), algorithm 2, with its S_noise = 1.
+    """
+    if not (churn >= 0 and math.isfinite(churn)):
+        raise DataError(f"churn must be a finite number >= 0, got {churn}: 0 is deterministic.")
+    _check_times(times)
+    _check_state(x)
+    if not torch.compiler.is_compiling() and float(path.a(torch.tensor(times[0], dtype=torch.float64))) == 0:
+        raise DataError(f"edm divides by a, which is 0 at t={times[0]:g} of the path {path.name!r}: start later.")
+    data = _checked("data", data)
+    a, b = _coefficients(path, times, x)
+    sigma = b / a
+    begin, high, scale = times, sigma, a  # where a step begins once its noise is put back
+    if churn > 0:
+        begin = _raised(path, tuple(times), min(churn / (len(times) - 1), math.sqrt(2) - 1), between)
+        scale, b = _coefficients(path, begin, x)
+        high = b / scale
+    noise = _noise(x, len(times) - 1 if churn > 0 else 0, generator)
+    y = x / a[0]
+    for i, _, end in _steps(times, progress):
+        if churn > 0:
+            y = y + (high[i] ** 2 - sigma[i] ** 2).clamp_min(0).sqrt() * noise(i)
+        slope = (y - data(scale[i] * y, begin[i])) / high[i]
+        h = sigma[i + 1] - high[i]
+        guess = y + h * slope
+        if i == len(times) - 2 and end == 1:
+            y = guess
+        else:
+            y = y + h / 2 * (slope + (guess - data(a[i + 1] * guess, end)) / sigma[i + 1])
+        if callback is not None:
+            callback(i, end, a[i + 1] * y)
+    return a[-1] * y
+
+
 # --- stochastic samplers ---------------------------------------------------------------------------------
 
 
 def _forward_variance(a: Tensor, b: Tensor, i: int) -> Tensor:
     """Variance of x at time i given x at time i + 1: noising goes from the later, cleaner time to the earlier."""
     return (b[i] ** 2 - (a[i] / a[i + 1] * b[i + 1]) ** 2).clamp_min(0)
+
+
+def _posterior_std(a: Tensor, b: Tensor, i: int) -> Tensor:
+    """Standard deviation of x at time i + 1 given x at time i and the data."""
+    return _forward_variance(a, b, i).sqrt() * b[i + 1] / b[i]
 
 
 def _posterior_mean(a: Tensor, b: Tensor, i: int, x: Tensor, d: Tensor) -> Tensor:
@@ -424,8 +506,8 @@ def ancestral(
     for i, t, end in _steps(times, progress):
         x = _posterior_mean(a, b, i, x, data(x, t))
         if i < last:
-            std = _forward_variance(a, b, i).sqrt()
-            x = x + (std * b[i + 1] / b[i] if variance == "posterior" else std) * noise(i)
+            std = _posterior_std(a, b, i) if variance == "posterior" else _forward_variance(a, b, i).sqrt()
+            x = x + std * noise(i)
         if callback is not None:
             callback(i, end, x)
     return x
@@ -527,8 +609,7 @@ def predictor_corrector(
         d = path.convert(score(x, t), x, t, source="score", target="data")
         x = _posterior_mean(a, b, i, x, d)
         if i < last:
-            std = _forward_variance(a, b, i).sqrt() * b[i + 1] / b[i]
-            x = x + std * noise(i * per_step + corrector_steps)
+            x = x + _posterior_std(a, b, i) * noise(i * per_step + corrector_steps)
         if callback is not None:
             callback(i, end, x)
     return x
@@ -647,29 +728,6 @@ def annealed_langevin(
 # --- likelihood ------------------------------------------------------------------------------------------
 
 
-def _velocity_and_divergence(velocity: Field, x: Tensor, t: float, probes: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The velocity and its divergence ``(B,)``: all of the trace, or its mean over probes ``(B, n, ...)``."""
-    keep = torch.is_grad_enabled()  # a caller that trains through the likelihood needs second derivatives
-    with torch.enable_grad():
-        y = x if x.requires_grad else x.detach().requires_grad_()
-        u = velocity(y, t)
-        if not u.requires_grad:
-            raise DataError(
-                "The velocity has no derivative in x, which its divergence needs: it ran under torch.no_grad() or"
-                " inference_mode(), or does not depend on x (then add 0 * x)."
-            )
-        divergence = torch.zeros(len(x), dtype=x.dtype, device=x.device)
-        columns = u.flatten(1)
-        for j in range(columns.shape[1] if probes is None else probes.shape[1]):
-            if probes is None:
-                (row,) = torch.autograd.grad(columns[:, j].sum(), y, retain_graph=True, create_graph=keep)
-                divergence = divergence + row.flatten(1)[:, j]
-            else:
-                (row,) = torch.autograd.grad(u, y, probes[:, j], retain_graph=True, create_graph=keep)
-                divergence = divergence + (row * probes[:, j]).flatten(1).sum(1) / probes.shape[1]
-    return (u, divergence) if keep else (u.detach(), divergence.detach())
-
-
 def log_prob(
     velocity: Field,
     x: Tensor,
@@ -706,7 +764,7 @@ def log_prob(
     Raises:
         DataError: unknown names, no probes, a bad grid or prior_std, a velocity without derivative.
 
-    Sources: Chen et al. (2018), theorem 1; Grathwohl et al. (2019); Hutchinson (1989).
+    Sources: Chen et al. (2018), theorem 1; Grathwohl et al. (2019); Hutchinson (1990).
     """
     if divergence not in DIVERGENCES:
         raise DataError(unknown("divergence", divergence, DIVERGENCES))
@@ -724,7 +782,7 @@ def log_prob(
             directions = torch.where(directions < 0, -1.0, 1.0).to(x)
 
     def extended(state: Tensor, t: float) -> Tensor:
-        u, d = _velocity_and_divergence(velocity, state[:, :-1].reshape(x.shape), t, directions)
+        u, d = value_and_divergence(lambda y: velocity(y, t), state[:, :-1].reshape(x.shape), directions)
         return torch.cat([u.flatten(1), d.unsqueeze(1)], 1)
 
     state = torch.cat([x.flatten(1), x.new_zeros(len(x), 1)], 1)

@@ -43,11 +43,12 @@ __all__ = [
 
 COUPLINGS = ("independent", "ot", "pairs")
 OBJECTIVES = ("regression", "quadratic")
-ODE = ("euler", "midpoint", "heun", "rk4", "dopri5")
-DATA = ("ddim", "ancestral", "multistep")
+ODE = dynamics.METHODS
+DATA = ("ddim", "ancestral", "multistep", "edm")
 SCORE = ("sde", "predictor-corrector", "langevin")
 METHODS = (*ODE, *DATA, *SCORE)
-RANDOM = ("ddim", "ancestral", *SCORE)
+RANDOM = ("ddim", "ancestral", "edm", *SCORE)
+RATIOS = ("edm", "log-snr")  # grids that are infinite where a or b is zero
 MARGIN = 1e-3
 Span = tuple[float, float]
 Field = Callable[[Tensor, float], Tensor]
@@ -355,24 +356,24 @@ class FieldModel(nn.Module):
             condition = condition.masked_fill(dropped, -1)
         t = self.times.draw(len(x1), self.path, self.span, like=x1, generator=generator)
         value, target = self._regress(x1, x0, t, condition)
-        error = (value - target).flatten(1).square()
-        terms = error if self.objective == "regression" else (value.square() - 2 * value * target).flatten(1)
-        loss = (self.weight(t) * terms.sum(1)).mean()
+        error = (value - target).square().flatten(1).sum(1)
+        # The second form never squares the target, whose square may have no mean.
+        terms = error if self.objective == "regression" else (value.square() - 2 * value * target).flatten(1).sum(1)
+        loss = (terms if self._weight in ("simple", self.target) else self.weight(t) * terms).mean()
         if self.schedule is not None and self._weight == "likelihood":
             loss = loss + self._ends(x1, self.span).mean()
-        return LossOut(loss, {"mse": error.mean().detach()})
+        return LossOut(loss, {"mse": error.detach().mean() / x1[0].numel()})
 
     def _regress(self, x1: Tensor, x0: Tensor, t: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
         """The network's output at a point of the path, and what it should be."""
         path = self.path
-        x = path.sample(x1, x0, t)
         if self.target == "velocity":
-            target = path.velocity(x1, x0, t)
-        elif self.target == "score":
-            target = -x0 / path.coefficients(t, x1)[1]
-        else:
-            target = x1 if self.target == "data" else x0
-        return self.network(x, t, condition), target
+            x, target = path.pair(x1, x0, t)
+            return self.network(x, t, condition), target
+        x = path.sample(x1, x0, t)
+        if self.target == "score":
+            return self.network(x, t, condition), -x0 / path.coefficients(t, x1)[1]
+        return self.network(x, t, condition), x1 if self.target == "data" else x0
 
     def weight(self, t: Tensor) -> Tensor:
         """w(t), ``(B,) -> (B,)``, for the predicted quantity."""
@@ -535,7 +536,7 @@ class FieldModel(nn.Module):
             condition, guidance, classifier: as in ``predict``.
             steps: of the time grid ``grid``, see ``dynamics.times``.
             method: an ODE method (``"euler"``, ``"midpoint"``, ``"heun"``, ``"rk4"``, ``"dopri5"``), a method for data
-                predictions (``"ddim"``, ``"ancestral"``, ``"multistep"``), or one for scores (``"sde"``,
+                predictions (``"ddim"``, ``"ancestral"``, ``"multistep"``, ``"edm"``), or one for scores (``"sde"``,
                 ``"predictor-corrector"``, ``"langevin"``).
             options: for that function of ``dynamics``; for ``"langevin"`` also ``per_level``, its steps at each time.
 
@@ -594,9 +595,9 @@ class FieldModel(nn.Module):
             return lambda z, t: self.predict(z, t, to, condition=condition, guidance=guidance, classifier=classifier)
 
         own = self.target == "velocity" and method in ODE and classifier is None
-        avoid = self._infinite if own else self._singular
+        avoid = self._infinite if own and grid not in RATIOS else self._singular
         start, end = self._inside(avoid)
-        if avoid[1] and grid in ("edm", "log-snr"):  # infinite at the end
+        if avoid[1] and grid in RATIOS:
             inner = dynamics.times(steps - 1, grid, path=path, start=start, end=end) if steps > 1 else [start]
             times = [*inner, 1.0]
         else:
@@ -648,7 +649,8 @@ class FieldModel(nn.Module):
             x: ``(B, *shape)``. options: ``divergence``, ``probes``, ``generator``, ``unit`` of ``dynamics.log_prob``.
         """
         self._check_examples(x)
-        start, end = self._inside(self._infinite if self.target == "velocity" else self._singular)
+        own = self.target == "velocity" and grid not in RATIOS
+        start, end = self._inside(self._infinite if own else self._singular)
         times = dynamics.times(steps, grid, path=self.path, start=start, end=end)
 
         def velocity(z: Tensor, t: float) -> Tensor:
@@ -664,7 +666,7 @@ class FieldModel(nn.Module):
     # --- batches ---------------------------------------------------------------------------------------
 
     def _inward(self, x: Tensor) -> Tensor:
-        return (x - self.centre) / self.scale
+        return x if (self.centre, self.scale) == (0, 1) else (x - self.centre) / self.scale
 
     def _outward(self, x: Tensor) -> Tensor:
         return x * self.scale + self.centre

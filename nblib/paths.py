@@ -82,17 +82,25 @@ def _as_time(t: float | Tensor, x: Tensor | None = None) -> Tensor:
 
 def _looks_at(t: float | Tensor) -> bool:
     """Whether a check may look at the value: not in a compiled graph, nor on an accelerator, where it would wait."""
-    return not torch.compiler.is_compiling() and (not isinstance(t, Tensor) or t.device.type == "cpu")
+    return not torch.compiler.is_compiling() and (not isinstance(t, Tensor) or t.is_cpu)
+
+
+def _extremes(t: float | Tensor) -> tuple[float, float]:
+    if not isinstance(t, Tensor):
+        return t, t
+    if not t.numel():
+        return 0.5, 0.5
+    low, high = torch.aminmax(t.detach())
+    return low.item(), high.item()
 
 
 def _check_time(t: float | Tensor) -> None:
     if not _looks_at(t):
         return
-    times = _as_time(t).detach().flatten()
-    wrong = times[~((times >= 0) & (times <= 1))]
-    if wrong.numel():
+    low, high = _extremes(t)
+    if not (low >= 0 and high <= 1):
         raise DataError(
-            f"Times lie in [0, 1], from noise to data; got t = {float(wrong[0]):g}."
+            f"Times lie in [0, 1], from noise to data; got t = {high if low >= 0 else low:g}."
             " Rescale them; nblib.paths.ddpm_time turns DDPM's index into a time."
         )
 
@@ -135,13 +143,13 @@ class Path:
         """A quotient by a(0) = 0 or b(1) = 0 must not become NaN in a loss: only the ends can be singular."""
         if not _looks_at(t):
             return
-        times = _as_time(t).detach().flatten()
-        for end in times[(times == 0) | (times == 1)].double().unique():
+        low, high = _extremes(t)
+        for end in ([0.0] if low == 0 else []) + ([1.0] if high == 1 else []):
             with torch.no_grad():
-                finite = all(bool(c.isfinite()) for c in coefficients(end))
+                finite = all(bool(c.isfinite()) for c in coefficients(torch.tensor(end, dtype=torch.float64)))
             if not finite:
                 inside = "t >= 1e-5" if end == 0 else "t <= 1 - 1e-5"
-                raise DataError(f"{what} of path {self.name!r} is singular at t = {float(end):g}: keep to {inside}.")
+                raise DataError(f"{what} of path {self.name!r} is singular at t = {end:g}: keep to {inside}.")
 
     def coefficients(self, t: float | Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """``(a, b, da, db)`` at t, with the rank and dtype of x; derivatives may be infinite at the ends.
@@ -178,6 +186,20 @@ class Path:
         self._refuse_singular(t, "The velocity", self._rates)
         da, db = self._rates(_as_time(t, x1))
         return expand(da, x1) * x1 + expand(db, x1) * x0
+
+    def pair(self, x1: Tensor, x0: Tensor, t: float | Tensor) -> tuple[Tensor, Tensor]:
+        """``(sample(x1, x0, t), velocity(x1, x0, t))``, with one look at the times: what flow matching trains on.
+
+        Raises:
+            DataError: as ``velocity``.
+        """
+        _same_shape(x1=x1, x0=x0)
+        _check_time(t)
+        self._refuse_singular(t, "The velocity", self._rates)
+        time = _as_time(t, x1)
+        da, db = self._rates(time)
+        x = expand(self.a(time), x1) * x1 + expand(self.b(time), x1) * x0
+        return x, expand(da, x1) * x1 + expand(db, x1) * x0
 
     def convert(self, value: Tensor, x: Tensor, t: float | Tensor, *, source: str, target: str) -> Tensor:
         r"""Turn one prediction made at ``x`` into another, by the two linear equations that both obey.
@@ -249,7 +271,8 @@ class Path:
         # The ends as two numbers on the host: a learned schedule is evaluated where it is and copied back.
         if _looks_at(value):
             low, high = self.log_snr(torch.tensor([0.0, 1.0], dtype=torch.float64)).tolist()
-            slack = 1e-9 * (1 + wanted.abs())
+            rounding = torch.finfo(value.dtype).eps if isinstance(value, Tensor) and value.is_floating_point() else 0.0
+            slack = max(1e-9, 32 * rounding) * (1 + wanted.abs())
             wrong = wanted[~((wanted >= low - slack) & (wanted <= high + slack))]
             if wrong.numel():
                 raise DataError(

@@ -28,6 +28,7 @@ __all__ = [
     "optimal_baseline",
     "pathwise_gradient",
     "score_function_gradient",
+    "value_and_divergence",
 ]
 
 LOG_2PI = math.log(2 * math.pi)
@@ -275,6 +276,54 @@ def logit_transform(x: Tensor, alpha: float = 1e-6) -> tuple[Tensor, Tensor]:
     y = squeezed.log() - log_one
     log_det = (math.log(1 - 2 * alpha) - squeezed.log() - log_one).flatten(1).sum(1)
     return y, log_det
+
+
+def value_and_divergence(
+    field: Callable[[Tensor], Tensor], x: Tensor, probes: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    r"""A vector field and its divergence: exactly, or Hutchinson's estimate from probes.
+
+    .. math:: \nabla\!\cdot f=\sum_j\partial_jf_j\qquad\text{or}\qquad \frac1n\sum_{i=1}^nv_i^\top\nabla f\,v_i
+
+    The estimate is unbiased for independent probes with :math:`\mathbb E[vv^\top]=I`. One backward pass for each
+    dimension, or for each probe.
+
+    Args:
+        x: ``(B, ...)``. field: ``(B, ...) -> (B, ...)``, each row from its own row. probes: ``(B, n, ...)``.
+
+    Returns:
+        ``(f(x), divergence)``, ``(B, ...)`` and ``(B,)``; differentiable, unless under ``torch.no_grad()``.
+
+    Raises:
+        DataError: a value or probes of another shape than ``x``; a value without derivative.
+
+    Source: Hutchinson (1990).
+    """
+    differentiable = torch.is_grad_enabled()  # who trains through the divergence needs second derivatives
+    with torch.enable_grad():
+        y = x if x.requires_grad else x.detach().requires_grad_()
+        value = field(y)
+        if value.shape != y.shape or (probes is not None and probes[:, 0].shape != y.shape):
+            given = "" if probes is None else f", probes of {tuple(probes.shape)}"
+            raise DataError(
+                f"Field and probes must have the shape of x, {tuple(y.shape)}; got {tuple(value.shape)}{given}."
+            )
+        if not value.requires_grad:
+            raise DataError(
+                "The field has no derivative in x, which its divergence needs: it ran under torch.no_grad() or"
+                " inference_mode(), or does not depend on x (then add 0 * x)."
+            )
+        units = torch.eye(y[0].numel(), dtype=y.dtype, device=y.device).view(-1, *y.shape[1:])
+        rows = [e.expand_as(y) for e in units] if probes is None else list(probes.unbind(1))
+        divergence = torch.zeros(len(y), dtype=y.dtype, device=y.device)
+        for v in rows:
+            (pulled,) = torch.autograd.grad(
+                value, y, v, create_graph=differentiable, retain_graph=True, materialize_grads=True
+            )
+            divergence = divergence + (v * pulled).flatten(1).sum(1)
+    if probes is not None:
+        divergence = divergence / len(rows)
+    return (value, divergence) if differentiable else (value.detach(), divergence.detach())
 
 
 def bits_per_dim(log_prob: Tensor, dims: int, log_det: Tensor | float = 0.0) -> Tensor:

@@ -32,24 +32,38 @@ def _expects_failure(item: ast.withitem) -> bool:
 def broken_variants() -> dict[str, str]:
     """The labels of which a test shows that a broken variant is caught, with the place of the first such check.
 
-    Counted are checks with a literal label inside ``with pytest.raises(CheckFailed, ...)`` in a test function.
+    Counted are checks with a literal label inside ``with pytest.raises(CheckFailed, ...)`` in a test function, and
+    calls with a literal label of a function of the same file that does this with its first parameter.
     """
     found: dict[str, str] = {}
     for path in sorted((book.ROOT / "tests").rglob("test_*.py")):
-        tests = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
-        blocks = [
-            node
-            for test in tests
-            if test.name.startswith("test_")
-            for node in ast.walk(test)
-            if isinstance(node, ast.With) and any(map(_expects_failure, node.items))
-        ]
-        calls = [node for block in blocks for part in block.body for node in ast.walk(part)]
-        for call in sorted((node for node in calls if isinstance(node, ast.Call)), key=lambda node: node.lineno):
-            label = call.args[0] if _name(call.func) in CHECKS and call.args else None
-            if isinstance(label, ast.Constant) and isinstance(label.value, str):
-                found.setdefault(label.value, f"{path.relative_to(book.ROOT).as_posix()}:{call.lineno}")
+        functions = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+        tests = [f for f in functions if f.name.startswith("test_")]
+        helpers = {f.name for f in functions if f.args.args and f.args.args[0].arg in map(_label, _caught(f))}
+        calls = [call for test in tests for call in _caught(test)]
+        calls += [call for test in tests for call in _calls(test) if _name(call.func) in helpers]
+        for call in sorted(calls, key=lambda node: node.lineno):
+            if isinstance(call.args[0], ast.Constant):
+                found.setdefault(str(_label(call)), f"{path.relative_to(book.ROOT).as_posix()}:{call.lineno}")
     return found
+
+
+def _calls(node: ast.AST) -> list[ast.Call]:
+    return [part for part in ast.walk(node) if isinstance(part, ast.Call) and part.args]
+
+
+def _caught(function: ast.FunctionDef) -> list[ast.Call]:
+    """The checks whose failure a function expects."""
+    blocks = [
+        node for node in ast.walk(function) if isinstance(node, ast.With) and any(map(_expects_failure, node.items))
+    ]
+    return [call for block in blocks for part in block.body for call in _calls(part) if _name(call.func) in CHECKS]
+
+
+def _label(call: ast.Call) -> str | None:
+    """The first argument: a literal, or the name of a variable."""
+    first = call.args[0]
+    return str(first.value) if isinstance(first, ast.Constant) else first.id if isinstance(first, ast.Name) else None
 
 
 class Claim(NamedTuple):

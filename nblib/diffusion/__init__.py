@@ -20,10 +20,29 @@ from typing import Any
 from torch import nn
 
 from nblib import paths
+from nblib.diffusion.chain import Chain, ChainBound, HybridDDPM, chain_bound
+from nblib.diffusion.inverse import exact_posterior, guided_by, inpaint
 from nblib.diffusion.precondition import Preconditioned
 from nblib.field import FieldModel, time_grid
 
-__all__ = ["FieldModel", "Preconditioned", "ddpm", "edm", "ncsn", "sub_vp", "vdm", "ve", "vp"]
+__all__ = [
+    "Chain",
+    "ChainBound",
+    "FieldModel",
+    "HybridDDPM",
+    "Preconditioned",
+    "chain_bound",
+    "ddpm",
+    "edm",
+    "exact_posterior",
+    "guided_by",
+    "inpaint",
+    "ncsn",
+    "sub_vp",
+    "vdm",
+    "ve",
+    "vp",
+]
 
 
 def _build(
@@ -105,7 +124,7 @@ def edm(
 ) -> FieldModel:
     """The design of Karras et al. (2022): a preconditioned denoiser, log-normal noise levels, effective weight 1.
 
-    Its sampler is ``sample(n, method="heun", grid="edm", steps=18)``.
+    Its sampler is ``sample(n, method="edm", grid="edm", steps=18)``.
     """
     path = paths.ve(sigma_min, sigma_max)
     denoiser = Preconditioned(network, path, data_std)

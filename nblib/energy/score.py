@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from nblib.dynamics import langevin
 from nblib.errors import DataError, unknown
+from nblib.paths import expand
+from nblib.probability import value_and_divergence
 from nblib.train.protocol import LossOut
 
 __all__ = [
@@ -86,24 +88,9 @@ def directions(x: Tensor, kind: str = "rademacher", *, generator: torch.Generato
 
 
 def _score_and_curvature(score: Score, x: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor]:
-    """s(x), and v'Jv by one backward pass through the score, or tr J by D of them."""
-    differentiable = torch.is_grad_enabled()
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        s = _like("the score", score(x), x)
-
-        def pull_back(w: Tensor) -> Tensor:  # J'w
-            (out,) = torch.autograd.grad(
-                s, x, w, create_graph=differentiable, retain_graph=True, materialize_grads=True
-            )
-            return out
-
-        if v is not None:
-            curvature = _sum(_like("v", v, x) * pull_back(v))
-        else:
-            units = torch.eye(x[0].numel(), dtype=x.dtype, device=x.device).view(-1, *x.shape[1:])
-            curvature = torch.stack([_sum(e * pull_back(e.expand_as(x))) for e in units]).sum(0)
-    return (s, curvature) if differentiable else (s.detach(), curvature.detach())
+    """s(x), and v'Jv or tr J."""
+    probes = None if v is None else _like("v", v, x).unsqueeze(1)
+    return value_and_divergence(lambda y: _like("the score", score(y), y), x, probes)
 
 
 def explicit(score: Score, x: Tensor, true_score: Score) -> Tensor:
@@ -175,7 +162,7 @@ def denoising(score: Score, x: Tensor, sigma: float | Tensor, noise: Tensor, *, 
         DataError: ``sigma`` is not positive; the noise or the score is not of the shape of ``x``.
     """
     if isinstance(sigma, Tensor):
-        sigma = sigma.reshape(-1, *[1] * (x.ndim - 1))
+        sigma = expand(sigma, x)
     elif not sigma > 0:
         raise DataError(f"denoising needs a sigma > 0, got {sigma}: without noise there is nothing to remove.")
     target = -_like("noise", noise, x) / sigma

@@ -40,6 +40,7 @@ MIXTURE = GaussianMixture(
 )
 POINT = tensor([[0.7, -1.2]])
 VARIANCE = tensor([0.25, 2.0])
+VP = paths.vp()
 GAUSSIAN = GaussianMixture(POINT, torch.diag(VARIANCE).unsqueeze(0))
 
 
@@ -222,12 +223,14 @@ def test_ddim_is_exact_for_one_data_point(name: str, steps: int) -> None:
     expected = a[-1] * POINT + b[-1] * x0
     nb.check("ddim", dynamics.ddim(path, data, start, grid), expected, atol=1e-10)
     nb.check("multistep", dynamics.multistep(path, data, start, grid), expected, atol=1e-10)
+    if float(a[0]) > 0:
+        nb.check("edm", dynamics.edm(path, data, start, grid), expected, atol=1e-10)
     clean = dynamics.ddim(path, data, start, dynamics.times(steps))
     nb.check("data", clean, path.a(tensor(1.0)) * POINT + path.b(tensor(1.0)) * x0, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", ["linear", "vp", "vp-cosine", "sub-vp", "ve", "trigonometric"])
-@pytest.mark.parametrize(("sampler", "order"), [("ddim", 1), ("multistep", 2), ("heun", 2)])
+@pytest.mark.parametrize(("sampler", "order"), [("ddim", 1), ("multistep", 2), ("edm", 2), ("heun", 2)])
 def test_a_deterministic_sampler_has_its_order_on_gaussian_data(name: str, sampler: str, order: int) -> None:
     path, steps, start, end = paths.make(name), (80, 160, 320), 0.02, 0.99
     x = path.prior_std * normal(8, 2)
@@ -238,6 +241,8 @@ def test_a_deterministic_sampler_has_its_order_on_gaussian_data(name: str, sampl
             got = dynamics.ddim(path, field(path, "data", GAUSSIAN), x, grid)
         elif sampler == "multistep":
             got = dynamics.multistep(path, field(path, "data", GAUSSIAN), x, grid)
+        elif sampler == "edm":
+            got = dynamics.edm(path, field(path, "data", GAUSSIAN), x, grid)
         else:
             got = dynamics.ode(field(path, "velocity", GAUSSIAN), x, grid, method="heun")
         errors.append(float((got - gaussian_flow(path, x, start, end)).norm()))
@@ -286,6 +291,50 @@ def test_multistep_is_finite_from_pure_noise_to_data(name: str) -> None:
         assert got.abs().max() < 6
 
 
+def test_edm_is_heun_in_the_noise_level_and_sees_no_path() -> None:
+    """On the grid of one path, and on the times of another with the same noise levels."""
+    ve, vp = paths.ve(0.01, 10.0), paths.vp()
+    grid = dynamics.times(12, "edm", path=ve)
+    sigma, x = ve.b(tensor(grid)), 10 * normal(64, 2)
+
+    def slope(level: Tensor, y: Tensor) -> Tensor:
+        blurred = GaussianMixture(MIXTURE.means, MIXTURE.covs + level**2 * torch.eye(2, dtype=D), MIXTURE.weights)
+        return -level * blurred.score(y)
+
+    expected = x
+    for now, after in itertools.pairwise(sigma[:-1]):
+        guess = expected + (after - now) * slope(now, expected)
+        expected = expected + (after - now) / 2 * (slope(now, expected) + slope(after, guess))
+    expected = expected + (sigma[-1] - sigma[-2]) * slope(sigma[-2], expected)
+    nb.check("by hand", dynamics.edm(ve, field(ve, "data"), x, grid), expected, atol=1e-9)
+    other = vp.time_of_log_snr(-2 * sigma.log())
+    start = vp.a(other[0]) * x
+    last = dynamics.edm(vp, field(vp, "data"), start, [*other.tolist()])
+    euler_at_the_end = dynamics.edm(ve, field(ve, "data"), x, grid[:-1])
+    moved = dynamics.edm(vp, field(vp, "data"), start, other.tolist()[:-1])
+    nb.check("path", moved / vp.a(other[-2]), euler_at_the_end, atol=1e-6)
+    assert (last / vp.a(other[-1]) - expected).abs().max() > 1e-9  # Heun there, for t < 1
+
+
+def test_churn_adds_the_noise_that_its_paper_adds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For data of one point at the origin a step from raised noise shrinks y by the ratio of the noise levels."""
+    path, grid = paths.ve(0.01, 10.0), [0.0, 0.2, 0.4, 0.6]
+    sigma = path.b(tensor(grid))
+    z = [normal(5, 2, seed=i) for i in range(3)]
+    monkeypatch.setattr(dynamics, "_noise", lambda *_: lambda i: z[i])
+    y = x = normal(5, 2, seed=9)
+    for i, gamma in enumerate([0.0, 0.1, 0.1]):  # none at the start, which has no more noise to give
+        high = (1 + gamma) * sigma[i]
+        y = (y + (high**2 - sigma[i] ** 2).sqrt() * z[i]) * sigma[i + 1] / high
+    got = dynamics.edm(path, lambda x, t: 0 * x, x, grid, churn=0.3)
+    nb.check("churn", got, y, atol=1e-9)
+    plain = dynamics.edm(path, lambda x, t: 0 * x, x, grid, churn=0.3, between=(20.0, 30.0))
+    nb.check("outside", plain, x * sigma[3] / sigma[0], atol=1e-9)
+    most = dynamics.edm(path, lambda x, t: 0 * x, x, grid, churn=1e6)
+    least = dynamics.edm(path, lambda x, t: 0 * x, x, grid, churn=3 * (math.sqrt(2) - 1))
+    nb.check("capped", most, least, atol=1e-9)
+
+
 # --- stochastic samplers against the target --------------------------------------------------------------
 
 
@@ -311,6 +360,8 @@ SAMPLERS: dict[str, Sampler] = {
     "euler": lambda p, x, grid, g: dynamics.ode(field(p, "velocity"), x, grid),
     "midpoint": lambda p, x, grid, g: dynamics.ode(field(p, "velocity"), x, grid, method="midpoint"),
     "multistep": lambda p, x, grid, g: dynamics.multistep(p, field(p, "data"), x, grid),
+    "edm": lambda p, x, grid, g: dynamics.edm(p, field(p, "data"), x, grid),
+    "churn": lambda p, x, grid, g: dynamics.edm(p, field(p, "data"), x, grid, churn=40.0, generator=g),
     "ddim": lambda p, x, grid, g: dynamics.ddim(p, field(p, "data"), x, grid),
     "ddim half": lambda p, x, grid, g: dynamics.ddim(p, field(p, "data"), x, grid, eta=0.5, generator=g),
     "ddim one": lambda p, x, grid, g: dynamics.ddim(p, field(p, "data"), x, grid, eta=1.0, generator=g),
@@ -635,7 +686,7 @@ def everything(
     x: Tensor, grid: list[float], generator: torch.Generator | None = None, **watch: Any
 ) -> dict[str, Callable[[], Tensor]]:
     """Every fixed-step sampler on a field made of arithmetic only."""
-    p = paths.vp()
+    p = VP
 
     def f(y: Tensor, t: float) -> Tensor:
         return -y * (0.5 + t)
@@ -648,6 +699,8 @@ def everything(
     found: dict[str, Callable[[], Tensor]] = {
         "ddim": lambda: dynamics.ddim(p, f, x, grid, **w),
         "multistep": lambda: dynamics.multistep(p, f, x, grid, **w),
+        "edm": lambda: dynamics.edm(p, f, x, grid, **w),
+        "churn": lambda: dynamics.edm(p, f, x, grid, churn=1.0, **kw),
         "ddim one": lambda: dynamics.ddim(p, f, x, grid, eta=1.0, **kw),
         "ancestral": lambda: dynamics.ancestral(p, f, x, grid, **kw),
         "forward": lambda: dynamics.ancestral(p, f, x, grid, variance="forward", **kw),
@@ -671,7 +724,7 @@ def everything(
 
 
 NAMES = sorted(everything(torch.zeros(1, 1), [0.0, 1.0]))
-DETERMINISTIC = ("ddim", "multistep", *dynamics.METHODS)
+DETERMINISTIC = ("ddim", "edm", "multistep", *dynamics.METHODS)
 DRAWING = tuple(name for name in NAMES if name not in DETERMINISTIC)
 
 
@@ -794,7 +847,7 @@ def test_gradients_flow_through_a_sampler() -> None:
 
 # --- bad input -------------------------------------------------------------------------------------------
 
-X, GRID, VP = torch.zeros(3, 2), [0.0, 0.5, 1.0], paths.vp()
+X, GRID = torch.zeros(3, 2), [0.0, 0.5, 1.0]
 
 
 def zero(x: Tensor, t: float) -> Tensor:
@@ -821,6 +874,8 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     "noise": (lambda: dynamics.sde(VP, zero, zero, X, GRID, noise=-1.0), "noise must be"),
     "infinite g": (lambda: dynamics.sde(paths.linear(), zero, zero, X, GRID), "singular at t = 0"),
     "no velocity": (lambda: dynamics.sde(paths.linear(), zero, None, X, GRID, noise=0.0), "singular at t = 0"),
+    "churn": (lambda: dynamics.edm(VP, zero, X, GRID, churn=-1.0), "churn must be"),
+    "edm from a = 0": (lambda: dynamics.edm(paths.linear(), zero, X, GRID), "start later"),
     "snr": (lambda: dynamics.predictor_corrector(VP, zero, X, GRID, snr=0.0), "snr=0"),
     "corrector": (lambda: dynamics.predictor_corrector(VP, zero, X, GRID, corrector_steps=-1), "corrector_steps=-1"),
     "step": (lambda: dynamics.langevin(lambda x: x, X, step=0.0, steps=3), "step=0"),

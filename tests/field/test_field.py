@@ -515,14 +515,14 @@ def test_sample_i_is_a_function_of_the_seed_and_not_of_the_batch(method: str) ->
 
 
 @pytest.mark.parametrize("path", ["linear", "vp", "vp-cosine", "sub-vp", "trigonometric", "ve"])
-@pytest.mark.parametrize("method", ["heun", "multistep", "ancestral", "sde", "predictor-corrector"])
+@pytest.mark.parametrize("method", ["heun", "multistep", "edm", "ancestral", "sde", "predictor-corrector"])
 def test_samples_of_the_exact_predictor_have_the_moments_of_the_data(path: str, method: str) -> None:
     predict = "velocity" if path in ("linear", "trigonometric") else "noise"
     model = exact(MIX, path, predict)
     if path == "ve":
         where = paths.ve(0.01, 20.0)
         model = FieldModel(Exact(MIX, where, predict), where, shape=(2,), predict=predict)
-    grid = "uniform" if method == "heun" else "log-snr"
+    grid = "uniform" if method == "heun" and path == "vp" else "log-snr"
     x = model.sample(1500, method=method, steps=120, grid=grid, generator=seeded(3))
     gap = x - MIX.mean
     products = gap.unsqueeze(2) * gap.unsqueeze(1)
@@ -537,6 +537,9 @@ def test_adaptive_steps_end_where_many_fixed_ones_do(path: str) -> None:
         20, method="rk4", steps=200, grid="uniform" if path == "linear" else "log-snr", generator=seeded()
     )
     nb.check("dopri5", model.sample(20, method="dopri5", steps=1, generator=seeded()), fixed, atol=5e-3)
+    points = MIX.sample(5, generator=seeded())
+    one, two = (model.log_prob(points, grid=grid) for grid in ("uniform", "log-snr"))
+    nb.check("density", two, one, atol=3e-2)  # of the path at 0.999 where the grid is infinite
 
 
 def test_annealed_langevin_samples_of_the_exact_predictor_have_the_moments_of_the_data() -> None:

@@ -228,11 +228,16 @@ def test_thm_gaussian_field() -> None:
 
 @pytest.mark.parametrize("name", paths.PATHS)
 def test_prop_field_score(name: str) -> None:
-    """The factor ½ or 2 of g², its sign, the SDE's drift for the ODE's, the score of the data."""
+    """The factor ½ or 2 of g², its sign, the SDE's drift for the ODE's, the score of the data; b² or no b, no sign."""
     path, t = paths.make(name), 0.35
     a, b, da, db = (float(c) for c in path.coefficients(t, POINTS[0]))
     score = gradient(paths.marginal(TARGET, path, t).log_prob, POINTS)
     velocity = paths.posterior_mean(TARGET, path, POINTS, t, to="velocity")
+    mean = paths.posterior_mean(TARGET, path, POINTS, t, to="noise")
+    nb.check("prop-field-score", -mean / b, score, atol=1e-9, rtol=1e-9)
+    for bad in (mean / b, -mean / b**2, -mean, -mean / a, -POINTS / b):
+        with pytest.raises(CheckFailed, match="prop-field-score"):
+            nb.check("prop-field-score", bad, score, atol=1e-9, rtol=1e-9)
     half_g2 = da / a * b**2 - b * db
     nb.check("prop-field-score", velocity, da / a * POINTS + half_g2 * score, atol=1e-9, rtol=1e-9)
     wrong = [da / a * POINTS + factor * half_g2 * score for factor in (0.0, 0.5, 2.0, -1.0)]
@@ -268,3 +273,118 @@ def test_prop_hutchinson_trace() -> None:
         for bad in ((w * correlated).sum(), 2 * mean, (w * estimate).sum() / 6):
             with pytest.raises(CheckFailed, match="prop-hutchinson-trace"):
                 nb.check("prop-hutchinson-trace", bad, matrix.trace(), atol=1e-9)
+
+
+def test_prop_hutchinson_trace_along_a_trajectory() -> None:
+    """The two values on the plane lie about the exact integral: not for the sum, half of it, or entries 0 and 2."""
+    path, x, grid = paths.linear(), TARGET.sample(20, generator=torch.Generator().manual_seed(1)), dynamics.times(6)
+
+    def exact(x: Tensor, t: float) -> Tensor:
+        return paths.posterior_mean(TARGET, path, x, t, to="velocity")
+
+    rng = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        whole = dynamics.log_prob(exact, x, grid)
+        every = [dynamics.log_prob(exact, x, grid, divergence="rademacher", generator=rng) for _ in range(10)]
+        normal = [dynamics.log_prob(exact, x, grid, divergence="gaussian", generator=rng) for _ in range(10)]
+        start = dynamics.ode(exact, x, grid[::-1], method="euler")
+    low, high = torch.stack(every).amin(0), torch.stack(every).amax(0)
+    both = high - low > 1e-9
+    assert both.double().mean() > 0.9
+    nb.check("prop-hutchinson-trace", ((low + high) / 2)[both], whole[both], atol=1e-9)
+    other_low, other_high = torch.stack(normal).amin(0), torch.stack(normal).amax(0)
+    prior = nb.probability.gaussian_log_prob(start, 0.0, 1.0).sum(-1)
+    for bad in (low, high, low + high, (other_low + other_high) / 2, prior):
+        with pytest.raises(CheckFailed, match="prop-hutchinson-trace"):
+            nb.check("prop-hutchinson-trace", bad[both], whole[both], atol=1e-9)
+
+
+def test_eq_flow_ode() -> None:
+    """The closed form of a linear flow sees what there and back does not: twice the field, minus it, its transpose."""
+    matrix, grid = tensor([[0.3, -1.2], [0.5, -0.4]]), dynamics.times(50)
+    expected = POINTS @ torch.linalg.matrix_exp(matrix).T
+    for field, right in ((matrix, True), (2 * matrix, False), (-matrix, False), (matrix.T, False)):
+        end = dynamics.ode(lambda x, t, m=field: x @ m.T, POINTS, grid, method="rk4")
+        back = dynamics.ode(lambda x, t, m=field: x @ m.T, end, grid[::-1], method="rk4")
+        nb.check("eq-flow-ode", back, POINTS, atol=1e-4)
+        if right:
+            nb.check("eq-flow-ode", end, expected, atol=1e-6)
+        else:
+            with pytest.raises(CheckFailed, match="eq-flow-ode"):
+                nb.check("eq-flow-ode", end, expected, atol=1e-6)
+
+
+def test_eq_path_velocity_two_paths_are_one() -> None:
+    """On grids of equal signal-to-noise the exponential integrator agrees; not on other grids or starts, nor Euler."""
+    straight, vp = paths.linear(), paths.vp()
+    first, last = (float(straight.time_of_log_snr(vp.log_snr(t))) for t in (0.0, 0.999))
+    grid = dynamics.times(8, start=first, end=last)
+    same = [float(vp.time_of_log_snr(straight.log_snr(t))) for t in grid]
+
+    def run(p: paths.Path, clock: list[float], scale: float | None = None) -> Tensor:
+        start = POINTS * (p.b(torch.tensor(clock[0]).double()) if scale is None else scale)
+        mean: Field = lambda x, t: paths.posterior_mean(TARGET, p, x, t, to="data")  # noqa: E731
+        return dynamics.ddim(p, mean, start, clock) / p.a(torch.tensor(clock[-1]).double())
+
+    def euler(p: paths.Path, clock: list[float]) -> Tensor:
+        field: Field = lambda x, t: paths.posterior_mean(TARGET, p, x, t, to="velocity")  # noqa: E731
+        end = dynamics.ode(field, POINTS * p.b(torch.tensor(clock[0]).double()), clock, method="euler")
+        return end / p.a(torch.tensor(clock[-1]).double())
+
+    nb.check("eq-path-velocity", run(straight, grid), run(vp, same), atol=1e-6)
+    nb.check("eq-path-velocity", euler(straight, grid), run(straight, grid), atol=1e-6)  # Euler is ddim there
+    for bad in (
+        run(vp, dynamics.times(8, end=0.999)),
+        run(vp, same, 0.9),
+        run(vp, same) * vp.a(torch.tensor(0.9).double()),
+        euler(vp, same),
+    ):
+        with pytest.raises(CheckFailed, match="eq-path-velocity"):
+            nb.check("eq-path-velocity", run(straight, grid), bad, atol=1e-6)
+
+
+def test_eq_board_mean() -> None:
+    """The light squares, square centres for truncated means, no weights, the mean for a x_1: against quadrature."""
+    edges, dark = torch.arange(4, dtype=DOUBLE) * 2 - 4, (torch.arange(4)[:, None] + torch.arange(4)) % 2 == 0
+    gauss, gauss_w = map(torch.tensor, np.polynomial.legendre.leggauss(60))
+    side, side_w = (edges[:, None] + 1 + gauss).flatten(), gauss_w.repeat(4)
+    on = dark.repeat_interleave(60, 0).repeat_interleave(60, 1).flatten()
+    nodes, log_w = torch.cartesian_prod(side, side)[on], torch.outer(side_w, side_w).flatten()[on].log()
+    x = tensor([[0.8, -0.5], [-1.5, 2.0], [0.1, 0.2], [3.0, -1.5]])
+    normal = torch.distributions.Normal(tensor(0.0), tensor(1.0))
+
+    def closed(a: float, b: float, light: bool = False, centres: bool = False, even: bool = False) -> Tensor:
+        low, high = (a * edges - x[..., None]) / b, (a * (edges + 2) - x[..., None]) / b  # (M, 2, 4)
+        mass = (normal.cdf(high) - normal.cdf(low)).clamp_min(1e-300)
+        mean = x[..., None] / a + b / a * (normal.log_prob(low).exp() - normal.log_prob(high).exp()) / mass
+        mean = (edges + 1).expand_as(mean) if centres else mean
+        weight = (torch.ones_like(mass) if even else mass)[:, 0, :, None] * mass[:, 1, None] * (dark ^ light)
+        weight = weight / weight.sum((1, 2), keepdim=True)
+        return torch.stack([(weight.sum(2) * mean[:, 0]).sum(1), (weight.sum(1) * mean[:, 1]).sum(1)], 1)
+
+    for path in (paths.linear(), paths.vp()):
+        for t in (0.5, 0.7):
+            a, b = (float(c) for c in path.coefficients(t, x[0])[:2])
+            mean = (log_w - (x[:, None] - a * nodes).square().sum(-1) / (2 * b**2)).softmax(1) @ nodes
+            nb.check("eq-board-mean", closed(a, b), mean, atol=1e-9)
+            for bad in (closed(a, b, True), closed(a, b, False, True), closed(a, b, even=True), a * closed(a, b)):
+                with pytest.raises(CheckFailed, match="eq-board-mean"):
+                    nb.check("eq-board-mean", bad, mean, atol=1e-9)
+
+
+def test_ex_fm_5() -> None:
+    """The energy of the swirl adds up; not with a matrix that is not antisymmetric, nor with half of it."""
+    axis, path = torch.linspace(-9, 9, 361, dtype=DOUBLE), paths.linear()
+    x = torch.cartesian_prod(axis, axis)
+    for t in (0.3, 0.6):
+        w = paths.marginal(TARGET, path, t).log_prob(x).exp() * (axis[1] - axis[0]) ** 2
+        score = paths.posterior_mean(TARGET, path, x, t, to="score")
+        exact = paths.posterior_mean(TARGET, path, x, t, to="velocity")
+        own = w @ score.square().sum(1)
+        for matrix, factor in ((TURN, 1.0), (TURN.abs(), 1.0), (torch.eye(2, dtype=DOUBLE), 1.0), (TURN, 0.5)):
+            added = w @ ((exact + score @ matrix.T).square() - exact.square()).sum(1)
+            if factor == 1 and matrix is TURN:
+                nb.check("ex-fm-5", added, own)
+            else:
+                with pytest.raises(CheckFailed, match="ex-fm-5"):
+                    nb.check("ex-fm-5", added, factor * own)

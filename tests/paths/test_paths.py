@@ -211,9 +211,22 @@ def test_time_of_log_snr_is_the_inverse(name: str, closed: bool) -> None:
     nb.check("float", one, 0.25, atol=1e-10)
     ends = path.log_snr(torch.tensor([0.0, 1.0], dtype=DOUBLE)).detach()
     nb.check("ends", path.time_of_log_snr(ends), [0.0, 1.0], atol=1e-10)
+    short = torch.tensor([0.0, 1.0])
+    nb.check("ends", path.time_of_log_snr(path.log_snr(short).detach()), short, atol=2e-3)
     single = path.time_of_log_snr(path.log_snr(t.float()))
     assert single.dtype == torch.float32
     nb.check("float32", single, t.float(), atol=2e-3)
+
+
+@every_path
+def test_a_pair_is_the_sample_and_its_velocity(name: str) -> None:
+    path, t = build(name), grid(12, 0.05, 0.95)
+    x1, x0 = (torch.randn(12, 3, dtype=DOUBLE, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
+    x, v = path.pair(x1, x0, t)
+    nb.check("sample", x, path.sample(x1, x0, t), atol=0)
+    nb.check("velocity", v, path.velocity(x1, x0, t), atol=0)
+    slope = (path.sample(x1, x0, t + 1e-6) - path.sample(x1, x0, t - 1e-6)) / 2e-6
+    nb.check("slope", v.detach(), slope.detach(), atol=1e-5, rtol=1e-5)
 
 
 @every_path
