@@ -144,7 +144,7 @@ def row(claim: Claim, entries: list[dict[str, Any]]) -> list[str]:
     number = f", {len(entries)} checks" if len(entries) > 1 else ""
     return [
         f"{{ref}}`erratum <{claim.label}>`" if claim.kind == "erratum" else f"{{{role}}}`{claim.label}`",
-        claim.statement.replace("|", "\\mid "),
+        claim.statement.replace("|", "\\vert "),
         UNITS[worst["kind"]] + number,
         _number(worst["tolerance"]),
         _number(worst["measured"]),

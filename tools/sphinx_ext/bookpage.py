@@ -109,8 +109,15 @@ def promise(app: Any, docname: str) -> str | None:
     return None
 
 
+# A table of eight columns or more scrolls sideways: by keyboard only if it can have the focus.
+WIDE_TABLE = re.compile(
+    r'<table class="table"(>\s*<thead>\s*<tr[^>]*>(?:(?!</tr>).)*?(?:<th\b(?:(?!</tr>).)*?){8})', flags=re.S
+)
+
+
 def page_context(app: Any, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
     """Promises of the neighbours; notebook buttons that lead to the copies made for readers."""
+    context["body"] = WIDE_TABLE.sub(r'<table class="table" tabindex="0"\1', context.get("body", ""))
     relations = app.env.collect_relations().get(page, [None, None, None])
     context["promises"] = {
         context[side]["link"]: promise(app, target)
