@@ -351,9 +351,7 @@ class FieldModel(nn.Module):
         x0 = torch.randn(x1.shape, dtype=x1.dtype, device=x1.device, generator=generator) if source is None else source
         if self.coupling == "ot":
             x0 = optimal_transport(x0, x1, condition)
-        if condition is not None and self.training and self.drop:
-            dropped = torch.rand(len(x1), device=x1.device, generator=generator) < self.drop
-            condition = condition.masked_fill(dropped, -1)
+        condition = self._dropped(condition, generator)
         t = self.times.draw(len(x1), self.path, self.span, like=x1, generator=generator)
         value, target = self._regress(x1, x0, t, condition)
         error = (value - target).square().flatten(1).sum(1)
@@ -363,6 +361,13 @@ class FieldModel(nn.Module):
         if self.schedule is not None and self._weight == "likelihood":
             loss = loss + self._ends(x1, self.span).mean()
         return LossOut(loss, {"mse": error.detach().mean() / x1[0].numel()})
+
+    def _dropped(self, labels: Tensor | None, generator: torch.Generator | None) -> Tensor | None:
+        """In training, some labels replaced by -1, "no condition"."""
+        if labels is None or not self.training or not self.drop:
+            return labels
+        dropped = torch.rand(len(labels), device=labels.device, generator=generator) < self.drop
+        return labels.masked_fill(dropped, -1)
 
     def _regress(self, x1: Tensor, x0: Tensor, t: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
         """The network's output at a point of the path, and what it should be."""
@@ -596,16 +601,11 @@ class FieldModel(nn.Module):
 
         own = self.target == "velocity" and method in ODE and classifier is None
         avoid = self._infinite if own and grid not in RATIOS else self._singular
-        start, end = self._inside(avoid)
-        if avoid[1] and grid in RATIOS:
-            inner = dynamics.times(steps - 1, grid, path=path, start=start, end=end) if steps > 1 else [start]
-            times = [*inner, 1.0]
-        else:
-            times = dynamics.times(steps, grid, path=path, start=start)
+        times = self._times(steps, grid, avoid)
         if method in DATA:
             return getattr(dynamics, method)(path, field("data"), x, times, **options)
         if avoid[1]:  # the last step goes to the predicted data
-            times = [start, end] if method == "dopri5" else times[:-1]
+            times = list(self._inside(avoid)) if method == "dopri5" else times[:-1]
         if len(times) > 1 or method == "langevin":
             if method in ODE:
                 x = dynamics.ode(field("velocity"), x, times, method=method, **options)
@@ -616,6 +616,14 @@ class FieldModel(nn.Module):
             else:
                 return self._langevin(field("score"), x, times, **options)
         return field("data")(x, times[-1]) if avoid[1] else x
+
+    def _times(self, steps: int, grid: str, avoid: tuple[bool, bool]) -> list[float]:
+        """Times from noise to t = 1, without a start to avoid, and with the last step from the end to avoid."""
+        start, end = self._inside(avoid)
+        if not (avoid[1] and grid in RATIOS):
+            return dynamics.times(steps, grid, path=self.path, start=start)
+        inner = dynamics.times(steps - 1, grid, path=self.path, start=start, end=end) if steps > 1 else [start]
+        return [*inner, 1.0]
 
     def _langevin(self, score: Field, x: Tensor, times: list[float], *, per_level: int = 100, **options: Any) -> Tensor:
         """Annealed Langevin dynamics of x / a, which is data plus noise of standard deviation b / a."""

@@ -335,7 +335,7 @@ class HybridDDPM(FieldModel):
         super().__init__(_Half(network), path, shape=shape, predict="noise", **options)
         if steps < 2 or Chain(self.path, 1).last == 0:
             raise DataError(f"HybridDDPM needs steps >= 2 and a path with b(1) = 0, got {steps}, {self.path.name!r}.")
-        self.chain, self.vlb, self.levels = Chain(self.path, steps, self.span[0]), vlb, levels
+        self.chain, self.vlb = Chain(self.path, steps, self.span[0]), vlb
         values = None if levels is None else (_levels(levels, torch.zeros(())) - self.centre) / self.scale
         self.register_buffer("values", values, persistent=False)
         self.values: Tensor | None
@@ -363,9 +363,7 @@ class HybridDDPM(FieldModel):
     def forward(self, batch: Any, *, phase: str = "main", generator: torch.Generator | None = None) -> LossOut:
         """The hybrid loss of a batch, as that of ``FieldModel``: summed over dimensions, averaged over the batch."""
         _, y, labels = self._unpack(batch)
-        if labels is not None and self.training and self.drop:
-            dropped = torch.rand(len(y), device=y.device, generator=generator) < self.drop
-            labels = labels.masked_fill(dropped, -1)
+        labels = self._dropped(labels, generator)
         chain = self.chain.on(y.device)
         k = torch.randint(1, chain.steps + 1, (len(y),), device=y.device, generator=generator)
         noise = torch.randn(y.shape, dtype=y.dtype, device=y.device, generator=generator)

@@ -27,15 +27,11 @@ RULES = ("likelihood", "normalized")
 Operator = Callable[[Tensor], Tensor]
 
 
-def _grid(model: FieldModel, steps: int, grid: str) -> list[float]:
-    """Times from noise to t = 1, without a start where the data cannot be predicted; as ``FieldModel.sample``."""
+def _times(model: FieldModel, steps: int, grid: str) -> list[float]:
+    """Those of ``FieldModel.sample`` for a prediction of the data."""
     if steps < 1:
         raise DataError(f"steps must be at least 1, got {steps}.")
-    start, end = model._inside(model._singular)
-    if end < 1 and grid in ("edm", "log-snr"):  # infinite at the end
-        inner = dynamics.times(steps - 1, grid, path=model.path, start=start, end=end) if steps > 1 else [start]
-        return [*inner, 1.0]
-    return dynamics.times(steps, grid, path=model.path, start=start)
+    return model._times(steps, grid, model._singular)
 
 
 def _start(
@@ -96,7 +92,7 @@ def inpaint(
         raise DataError(f"mask of shape {tuple(mask.shape)} does not fit known of {tuple(known.shape)}.") from None
     if resample < 1:
         raise DataError(f"resample must be at least 1, got {resample}.")
-    times = _grid(model, steps, grid)
+    times = _times(model, steps, grid)
     y = model._inward(known)
     x, noise = _start(model, len(known), 3 * steps * resample, y, generator)
     a, b = dynamics._coefficients(model.path, times, x)
@@ -165,7 +161,7 @@ def guided_by(
         )
     if y.dim() < 1:
         raise DataError("y must have one row per sample, (B, ...), got a single number.")
-    times = _grid(model, steps, grid)
+    times = _times(model, steps, grid)
     like = next(model.parameters())
     x, noise = _start(model, len(y), steps - 1, like, generator)
     a, b = dynamics._coefficients(model.path, times, x)
